@@ -1,0 +1,1 @@
+"""Checkpoints as files: headers, accounting and what is done shard by shard. Nothing here imports transformers."""

@@ -1,0 +1,198 @@
+"""FP8 weights in memory: one representation for every format, and the way into it and out of it.
+
+Legend: ``E`` experts (1 for a plain linear layer), ``P`` parts with scale grids of their own (2 for a fused gate_up),
+``N = P x rows`` output features, ``K`` input features, ``n = ceil(rows / b_n)``, ``k = ceil(K / b_k)``.
+
+Codes are e4m3fn (OCP 8-bit Floating Point Specification, arXiv 2209.05433): largest value 448, no infinities, NaN at
+0x7F and 0xFF.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.errors import CheckpointError
+from octavo.formats.facts import ScaleLayout
+
+E4M3_MAX = 448.0
+_CODE_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+# 2^-126, the smallest normal float32: a smaller scale could vanish on hardware that flushes subnormals.
+_SMALLEST_EXPONENT = -126
+
+
+@dataclass(frozen=True, eq=False)
+class Float8Weight:
+    """weight[e, p * rows + r, c] = codes[e, p, r, c] * scales[e, p, r // b_n, c // b_k].
+
+    ``codes``: [E, P, rows, K], float8_e4m3fn or a uint8 view of the same bytes; a view of storage [E, N, K].
+    ``scales``: float32 multipliers [E, P, n, k]. ``block``: (b_n, b_k). Neither is ever written to.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype not in _CODE_DTYPES or self.scales.dtype != torch.float32:
+            raise TypeError(
+                f"codes are float8_e4m3fn or uint8 and scales float32, got {self.codes.dtype} and {self.scales.dtype}"
+            )
+        if self.codes.ndim != 4 or min(self.block) < 1:
+            raise ValueError(f"codes are [E, parts, rows, K] in blocks >= 1, got {self.codes.shape} and {self.block}")
+        num_experts, parts, rows, cols = self.codes.shape
+        grid = (num_experts, parts, -(-rows // self.block[0]), -(-cols // self.block[1]))
+        if tuple(self.scales.shape) != grid:
+            raise ValueError(f"codes {tuple(self.codes.shape)} in blocks {self.block} need scales {grid}, "
+                             f"got {tuple(self.scales.shape)}")  # fmt: skip
+
+    @classmethod
+    def from_storage(cls, codes: Tensor, scales: Tensor, *, parts: int = 1, block: tuple[int, int]) -> Float8Weight:
+        """Views, without a copy, of what a module stores.
+
+        ``codes``: [E, N, K], or [N, K] for a linear layer. ``scales``: float32 [E, P*n, k], or [P*n, k].
+        """
+        if codes.ndim == 2:
+            codes, scales = codes[None], scales[None]
+        num_experts, features, cols = codes.shape
+        return cls(
+            codes.view(num_experts, parts, features // parts, cols),
+            scales.view(num_experts, parts, scales.shape[1] // parts, scales.shape[2]),
+            block,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def parts(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Output features of one part."""
+        return self.codes.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        return self.parts * self.rows
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[3]
+
+    def expert(self, index: int) -> Float8Weight:
+        """One expert, as a weight with E = 1 over the same storage."""
+        return Float8Weight(self.codes[index : index + 1], self.scales[index : index + 1], self.block)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, experts: Tensor | slice | None = None) -> Tensor:
+        """code x scale in float32, then rounded once to ``dtype``: [E', N, K], contiguous, freshly allocated.
+
+        ``experts``: which ones, as an index tensor or a slice; all by default. Peak memory beside the result: one
+        float32 tensor of its shape where ``dtype`` is narrower.
+        """
+        # Indexed as bytes: float8 has no index kernels on every device.
+        codes, scales = self.codes.view(torch.uint8), self.scales
+        if experts is not None:
+            codes, scales = codes[experts], scales[experts]
+        weight = codes.view(torch.float8_e4m3fn).to(torch.float32)
+        b_n, b_k = self.block
+        if 1 < b_n < self.rows:
+            scales = scales.repeat_interleave(b_n, dim=-2)[..., : self.rows, :]
+        _scale_columns_(weight, scales, b_k)
+        return weight.view(-1, self.out_features, self.in_features).to(dtype)
+
+
+def _scale_columns_(weight: Tensor, scales: Tensor, b_k: int) -> None:
+    """Multiplies, in place, each run of ``b_k`` columns with its column of ``scales`` [..., rows or 1, k].
+
+    Through a view of the whole runs, so that no scale tensor of the weight's size exists.
+    """
+    full, rest = divmod(weight.shape[-1], b_k)
+    if full:
+        whole = weight[..., : full * b_k].unflatten(-1, (full, b_k))
+        whole.mul_(scales[..., :full, None])
+    if rest:
+        weight[..., full * b_k :].mul_(scales[..., full:])
+
+
+def quantize(
+    weight: Tensor,
+    layout: ScaleLayout,
+    *,
+    parts: int = 1,
+    scale_dtype: torch.dtype = torch.float32,
+    scale_format: Literal["float", "ue8m0"] = "float",
+) -> Float8Weight:
+    """The FP8 weight whose scales are amax / 448 of each group and whose codes are the nearest with those scales.
+
+    ``weight``: [N, K] or [E, N, K], any float dtype, read as float32. ``parts``: how many grids N is cut into.
+    ``scale_dtype``: what the file will hold; the scale is rounded to it (to a power of two, upward, for ``ue8m0``)
+    *before* the codes are computed with it. Codes saturate at 448; a group of zeros gets the smallest scale.
+
+    Raises: CheckpointError where the weight has a NaN or infinity, or where a scale overflows ``scale_dtype``.
+    """
+    stack = weight.detach().to(torch.float32)
+    stack = stack[None] if stack.ndim == 2 else stack
+    num_experts, features, cols = stack.shape
+    if features % parts:
+        raise ValueError(f"{features} output features cannot be cut into {parts} parts")
+    stack = stack.reshape(num_experts, parts, features // parts, cols)
+    block = layout.block_of(features // parts, cols)
+    amax = _amax(stack, block)
+    if not bool(torch.isfinite(amax).all()):
+        raise CheckpointError(f"the weight of shape {tuple(weight.shape)} has NaN or infinite values; FP8 holds neither.")
+    scales = _round_scales(amax / E4M3_MAX, scale_dtype, scale_format)
+    per_row = scales.repeat_interleave(block[0], dim=-2)[..., : features // parts, :] if block[0] > 1 else scales
+    scaled = stack.clone()
+    # The reciprocal would round once more; the quotient is the one that a bound of half an ulp holds for.
+    _divide_columns_(scaled, per_row, block[1])
+    codes = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return Float8Weight(codes, scales, block)
+
+
+def _divide_columns_(weight: Tensor, scales: Tensor, b_k: int) -> None:
+    full, rest = divmod(weight.shape[-1], b_k)
+    if full:
+        weight[..., : full * b_k].unflatten(-1, (full, b_k)).div_(scales[..., :full, None])
+    if rest:
+        weight[..., full * b_k :].div_(scales[..., full:])
+
+
+def _amax(stack: Tensor, block: tuple[int, int]) -> Tensor:
+    """Largest magnitude of each block of [E, P, rows, K]: [E, P, n, k]; NaN where the block has one."""
+    *lead, rows, cols = stack.shape
+    b_n, b_k = min(block[0], rows), min(block[1], cols)
+    n, k = -(-rows // b_n), -(-cols // b_k)
+    padded = F.pad(stack, (0, k * b_k - cols, 0, n * b_n - rows)) if rows % b_n or cols % b_k else stack
+    return padded.reshape(*lead, n, b_n, k, b_k).abs().amax(dim=(-3, -1))
+
+
+def _round_scales(scales: Tensor, scale_dtype: torch.dtype, scale_format: str) -> Tensor:
+    """Positive float32 scales that ``scale_dtype`` holds exactly."""
+    if scale_format == "ue8m0":
+        mantissa, exponent = torch.frexp(scales)
+        # frexp has its mantissa in [0.5, 1): a power of two is 0.5 and one exponent too high.
+        exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(min=_SMALLEST_EXPONENT)
+        return torch.ldexp(torch.ones_like(scales), exponent)
+    smallest = max(torch.finfo(scale_dtype).tiny, math.ldexp(1.0, _SMALLEST_EXPONENT))
+    rounded = scales.clamp(min=smallest).to(scale_dtype).to(torch.float32)
+    if not bool(torch.isfinite(rounded).all()):
+        raise CheckpointError(f"a scale of {scales.max().item():.3g} does not fit {scale_dtype}; store scales as float32.")
+    return rounded
+
+
+def multipliers(scale: Tensor) -> Tensor:
+    """A scale as stored, as the float32 multiplier that it is; same shape, exact for every dtype read.
+
+    ``scale``: float32, bfloat16, float16, float8_e8m0fnu, or uint8 with the bytes of e8m0 (value 2^(byte - 127)).
+    """
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.to(torch.float32)
