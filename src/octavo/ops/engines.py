@@ -1,0 +1,243 @@
+"""Engines: ways to compute one numerics mode. A few stage verbs, chosen once in forward and reused in backward.
+
+An engine's verbs are the stages of an expert MLP, not a bare product, because a fast engine gathers in its loads, folds LoRA
+into its accumulator and applies the gate in its epilogue. :class:`ProductEngine` builds the stages from grouped products; it serves the
+two engines that run anywhere.
+
+Legend: ``T`` tokens, ``M`` rows sorted by expert, ``H`` hidden, ``G`` width of the up product (2I with a gate), ``I`` expert
+intermediate size, ``R`` LoRA rank.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.errors import EngineError
+from octavo.formats.weight import Float8Weight
+from octavo.ops import operators
+from octavo.ops.gates import Gate
+from octavo.ops.reference import Numerics
+from octavo.ops.routing import Routing, combine
+from octavo.ops.weights import Factors, Weight, storage
+
+EngineName = Literal["auto", "reference", "dequant"]
+NUMERICS: tuple[Numerics, ...] = ("exact", "fp8_grad", "fp8")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of an expert MLP: its frozen weight, its bias [E, out] and its LoRA factors."""
+
+    weight: Weight
+    bias: Tensor | None
+    lora: Factors | None
+
+
+@dataclass(frozen=True)
+class ProjectionGrads:
+    """Gradients of a projection, in the compute dtype; ``None`` where nothing was asked for."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+
+class Engine(Protocol):
+    """Computes the stages of an expert MLP and the products of a linear layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``z = x·Wᵀ + b + x·Aᵀ·Bᵀ`` and ``h = gate(z)`` per routed row: (z_MG, h_MI, x·A [M, R]), all in ``x.dtype``."""
+        ...
+
+    def down(
+        self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y_t = Σ_k p_tk · (h·Wᵀ + b + h·Aᵀ·Bᵀ)``: (y_TH, h·A [M, R])."""
+        ...
+
+    def down_backward(
+        self, dy_TH: Tensor, h_MI: Tensor, ha_MR: Tensor | None, p_M: Tensor, routing: Routing, down: Projection, wants: "Wants"
+    ) -> tuple[Tensor, Tensor, ProjectionGrads]:
+        """(dh_MI, dp_M in float32 or wider, the projection's gradients)."""
+        ...
+
+    def up_backward(
+        self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: "Wants"
+    ) -> tuple[Tensor | None, ProjectionGrads]:
+        """(dx_TH, the projection's gradients)."""
+        ...
+
+    def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
+        """``x · Wᵀ``, or ``x · W`` when ``transposed``, in the dtype of ``x``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Which gradients of a stage are needed."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    lora: bool
+
+
+@dataclass(frozen=True)
+class ProductEngine:
+    """Stages built from grouped products: gather, product, add, gate, combine.
+
+    ``wide``: every operand and intermediate of a stage is float32 (float64 for float64 input), rounded once at its end; else
+    everything is in the dtype of the activations.
+    """
+
+    name: str
+    numerics: Numerics
+    wide: bool
+
+    def _compute(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32) if self.wide else dtype
+
+    def _product(self, x_MK: Tensor, weight: Weight, routing: Routing, *, transposed: bool = False) -> Tensor:
+        if isinstance(weight, Float8Weight):
+            codes, scales = storage(weight)
+            parts, block = weight.parts, list(weight.block)
+            return operators.grouped_product(
+                x_MK, codes, scales, routing.offsets_E, parts, block, False, transposed, self.name, self.numerics
+            )
+        return operators.grouped_product(
+            x_MK, weight.weight_ENK, None, routing.offsets_E, 1, [1, 1], False, transposed, self.name, self.numerics
+        )
+
+    def _skinny(self, x_MK: Tensor, factor: Tensor, routing: Routing, *, transposed: bool = False) -> Tensor:
+        return operators.grouped_product(
+            x_MK, factor.to(x_MK.dtype), None, routing.offsets_E, 1, [1, 1], False, transposed, self.name, "exact"
+        )
+
+    def _project(self, x_MK: Tensor, side: Projection, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        y_MN = self._product(x_MK, side.weight, routing)
+        xa_MR = None
+        if side.lora is not None:
+            xa_MR = self._skinny(x_MK, side.lora.A_ERK, routing)
+            y_MN = y_MN + self._skinny(xa_MR, side.lora.B_ENR, routing)
+        if side.bias is not None:
+            y_MN = y_MN + _per_row(side.bias, routing).to(y_MN.dtype)
+        return y_MN, xa_MR
+
+    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+        dtype, compute = x_TH.dtype, self._compute(x_TH.dtype)
+        z_MG, xa_MR = self._project(x_TH[routing.token_M].to(compute), up, routing)
+        z_MG = z_MG.to(dtype)
+        return z_MG, self.gate(z_MG, gate), None if xa_MR is None else xa_MR.to(dtype)
+
+    def gate(self, z_MG: Tensor, gate: Gate) -> Tensor:
+        """``h = gate(z)`` from the rounded ``z``, so that backward can compute the same ``h`` again."""
+        return gate.forward(z_MG.to(self._compute(z_MG.dtype))).to(z_MG.dtype)
+
+    def gate_backward(self, z_MG: Tensor, dh_MI: Tensor, gate: Gate) -> Tensor:
+        compute = self._compute(z_MG.dtype)
+        return gate.backward(z_MG.to(compute), dh_MI.to(compute)).to(z_MG.dtype)
+
+    def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
+        dtype = h_MI.dtype
+        y_MH, ha_MR = self._project(h_MI.to(self._compute(dtype)), down, routing)
+        return combine(y_MH, routing, p_TK, dtype), None if ha_MR is None else ha_MR.to(dtype)
+
+    def down_backward(
+        self, dy_TH: Tensor, h_MI: Tensor, ha_MR: Tensor | None, p_M: Tensor, routing: Routing, down: Projection, wants: Wants
+    ) -> tuple[Tensor, Tensor, ProjectionGrads]:
+        compute = self._compute(h_MI.dtype)
+        dy_MH = dy_TH[routing.token_M].to(compute)
+        h_wide = h_MI.to(compute)
+        # before the router's weight, so that its own gradient needs no output of the down product: dp = <dy·W, h> + <dy, b>
+        dh_MI = self._product(dy_MH, down.weight, routing, transposed=True)
+        if down.lora is not None:
+            dh_MI = dh_MI + self._skinny(
+                self._skinny(dy_MH, down.lora.B_ENR, routing, transposed=True), down.lora.A_ERK, routing, transposed=True
+            )
+        wide = torch.promote_types(compute, torch.float32)
+        dp_M = (dh_MI.to(wide) * h_wide.to(wide)).sum(-1)
+        if down.bias is not None:
+            dp_M = dp_M + (dy_MH.to(wide) * _per_row(down.bias, routing).to(wide)).sum(-1)
+        p_M1 = p_M[:, None].to(wide)
+        weighted = (dy_MH * p_M1).to(compute)
+        grads = self._grads(weighted, h_wide, ha_MR, routing, down, wants)
+        return (dh_MI * p_M1).to(h_MI.dtype), dp_M, grads
+
+    def up_backward(
+        self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: Wants
+    ) -> tuple[Tensor | None, ProjectionGrads]:
+        compute = self._compute(x_TH.dtype)
+        dz_wide = dz_MG.to(compute)
+        x_MH = x_TH[routing.token_M].to(compute)
+        grads = self._grads(dz_wide, x_MH, xa_MR, routing, up, wants)
+        if not wants.x:
+            return None, grads
+        dx_MH = self._product(dz_wide, up.weight, routing, transposed=True)
+        if up.lora is not None:
+            dx_MH = dx_MH + self._skinny(
+                self._skinny(dz_wide, up.lora.B_ENR, routing, transposed=True), up.lora.A_ERK, routing, transposed=True
+            )
+        return combine(dx_MH, routing, None, x_TH.dtype), grads
+
+    def _grads(
+        self, dy_MN: Tensor, x_MK: Tensor, xa_MR: Tensor | None, routing: Routing, side: Projection, wants: Wants
+    ) -> ProjectionGrads:
+        offsets_E = routing.offsets_E
+        lora_A = lora_B = None
+        if wants.lora and side.lora is not None:
+            assert xa_MR is not None
+            lora_B = operators.grouped_outer(dy_MN, xa_MR.to(dy_MN.dtype), offsets_E)
+            yb_MR = self._skinny(dy_MN, side.lora.B_ENR, routing, transposed=True)
+            lora_A = operators.grouped_outer(yb_MR, x_MK, offsets_E)
+        weight = operators.grouped_outer(dy_MN, x_MK, offsets_E) if wants.weight else None
+        bias = None
+        if wants.bias and side.bias is not None:
+            ones = dy_MN.new_ones((dy_MN.shape[0], 1))
+            bias = operators.grouped_outer(dy_MN, ones, offsets_E)[..., 0]
+        return ProjectionGrads(weight, bias, lora_A, lora_B)
+
+    def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
+        codes, scales = storage(weight)
+        wide = x_MK.to(self._compute(x_MK.dtype))
+        y = operators.product(wide, codes[0], scales[0], list(weight.block), transposed, self.name, self.numerics)
+        return y.to(x_MK.dtype)
+
+
+def _per_row(bias_EN: Tensor, routing: Routing) -> Tensor:
+    """Each row's bias, [M, N]; zero for rows past the last offset."""
+    rows = torch.arange(routing.num_rows, device=bias_EN.device)
+    expert_M = torch.searchsorted(routing.offsets_E, rows, right=True)
+    padded = torch.cat([bias_EN, bias_EN.new_zeros((1, bias_EN.shape[1]))])
+    return padded[expert_M]
+
+
+_WHY_NOT: dict[tuple[str, Numerics], str] = {
+    ("dequant", "fp8_grad"): "it multiplies in the dtype of the activations",
+    ("dequant", "fp8"): "it multiplies in the dtype of the activations",
+}
+
+ENGINES: tuple[str, ...] = ("reference", "dequant")
+
+
+def select(name: str, numerics: str) -> Engine:
+    """The engine called ``name`` for ``numerics``; ``auto`` takes the fastest that computes it.
+
+    Raises :class:`EngineError` when it does not exist or cannot compute that.
+    """
+    known = next((mode for mode in NUMERICS if mode == numerics), None)
+    if known is None:
+        raise EngineError(f"numerics {numerics!r} does not exist; choose one of {', '.join(NUMERICS)}.")
+    if name == "auto":
+        name = "dequant" if known == "exact" else "reference"
+    if name not in ENGINES:
+        raise EngineError(f"engine {name!r} does not exist; choose auto or one of {', '.join(ENGINES)}.")
+    if reason := _WHY_NOT.get((name, known)):
+        usable = ", ".join(engine for engine in ENGINES if (engine, known) not in _WHY_NOT)
+        raise EngineError(f"engine {name!r} cannot compute numerics {known!r}: {reason}. Usable: {usable}.")
+    return ProductEngine(name, known, wide=name == "reference")

@@ -1,0 +1,41 @@
+"""``y = x · Wᵀ`` with a frozen FP8 ``W``: the product of attention, dense and shared-expert layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.ops.engines import Engine
+from octavo.ops.weights import WeightSpec
+
+
+def float8_linear(x: Tensor, codes_NK: Tensor, scales_nk: Tensor, spec: WeightSpec, engine: Engine) -> Tensor:
+    """``x · (codes × scales)ᵀ`` for ``x`` [..., K] of any float dtype: [..., N] in that dtype, differentiable in ``x`` only.
+
+    ``codes_NK``: one-byte E4M3 codes; ``scales_nk``: float32 grid. Keeps nothing but the weight's own tensors.
+    """
+    output: Tensor = Float8Product.apply(x, codes_NK, scales_nk, spec, engine)
+    return output
+
+
+class Float8Product(torch.autograd.Function):
+    """See :func:`float8_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes_NK: Tensor, scales_nk: Tensor, spec: WeightSpec, engine: Engine) -> Tensor:
+        ctx.save_for_backward(codes_NK, scales_nk)
+        ctx.spec, ctx.engine = spec, engine
+        return _product(x, codes_NK, scales_nk, spec, engine, transposed=False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        codes_NK, scales_nk = ctx.saved_tensors
+        return _product(dy, codes_NK, scales_nk, ctx.spec, ctx.engine, transposed=True), None, None, None, None
+
+
+def _product(
+    x: Tensor, codes_NK: Tensor, scales_nk: Tensor, spec: WeightSpec, engine: Engine, *, transposed: bool
+) -> Tensor:
+    weight = spec.assemble(codes_NK, scales_nk)
+    rows = x.reshape(-1, x.shape[-1])
+    return engine.linear(rows, weight, transposed=transposed).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
