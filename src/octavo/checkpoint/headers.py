@@ -6,8 +6,27 @@ Format: an unsigned 64-bit little-endian length, that many bytes of JSON, then t
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from octavo.errors import CheckpointError
+
+# Bits per element, by the names that safetensors writes.
+DTYPE_BITS: dict[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+# The limit of the safetensors library: a length beyond it is damage.
+_LARGEST_HEADER = 100_000_000
+_AGAIN = "The file is damaged or was cut off: download or write it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +43,93 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file, by key, in the order of the header.
+
+    Everything the header says is checked against the file: each range has the bytes of its dtype and shape, the ranges
+    follow one another without a gap or an overlap, and they end where the file does.
+
+    Raises: CheckpointError naming the file, the tensor, and what was found and expected.
+    """
+    try:
+        size = os.stat(file).st_size
+        with open(file, "rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{file.name} has {size} bytes and says that {length} of them are its header, which cannot be. {_AGAIN}"
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    header = _parse(file, text)
+    header.pop("__metadata__", None)
+    data = 8 + length
+    entries = {key: _entry(file, key, fields, data) for key, fields in header.items()}
+    _check_ranges(file, entries.values(), data, size)
+    return entries
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        # Each tensor has this field once, so a key given twice shows as a count that differs. Looking at every pair while
+        # parsing costs as much as the rest of it.
+        if isinstance(header, dict) and text.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
+            json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"the header of {file.name} is not JSON ({error}). {_AGAIN}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"the header of {file.name} is a JSON {type(header).__name__}, expected an object. {_AGAIN}")
+    return header
+
+
+def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise CheckpointError(f"the header of {file.name} has the key {twice!r} twice. {_AGAIN}")
+    return found
+
+
+def _entry(file: Path, key: str, fields: Any, data: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        sizes = (*shape, start, end)
+        well_formed = set(map(type, sizes)) == {int} and min(sizes) >= 0
+    except (TypeError, KeyError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError(
+            f"{file.name}: the header gives {key!r} as {fields!r}, expected a dtype, a shape and two data_offsets. {_AGAIN}"
+        )
+    bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise CheckpointError(
+            f"{file.name}: {key!r} has the dtype {dtype!r}, which safetensors does not define. {_AGAIN}"
+        )
+    if (end - start) * 8 != math.prod(shape) * bits:
+        raise CheckpointError(
+            f"{file.name}: {key!r} is {dtype} of shape {list(shape)}, which is {math.prod(shape) * bits / 8:g} bytes, and "
+            f"the header gives it {end - start}. {_AGAIN}"
+        )
+    return TensorEntry(key, file, dtype, shape, data + start, data + end)
+
+
+def _check_ranges(file: Path, entries: Iterable[TensorEntry], data: int, size: int) -> None:
+    position, before = data, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            what = "overlaps" if entry.start < position else "leaves a gap after"
+            raise CheckpointError(
+                f"{file.name}: {entry.key!r} begins at byte {entry.start} and {what} {before}, which ends at {position}. "
+                f"{_AGAIN}"
+            )
+        position, before = entry.end, repr(entry.key)
+    if position != size:
+        found = "is cut off" if position > size else "has bytes that belong to no tensor"
+        raise CheckpointError(f"{file.name} {found}: its header accounts for {position} bytes, the file has {size}. {_AGAIN}")

@@ -58,6 +58,9 @@ class Verdict:
     activation: Activation = "none"
 
 
+Judge = Callable[[str], Verdict]
+
+
 @dataclass(frozen=True)
 class QuantScheme:
     """What a checkpoint's config says about its quantization: facts, and the verdict on any module name.
@@ -77,7 +80,7 @@ class QuantScheme:
     activation_suffix: str | None
     scale_format: Literal["float", "ue8m0"]
     activation: Activation
-    judge: Callable[[str], Verdict] = field(repr=False, compare=False)
+    judge: Judge = field(repr=False, compare=False)
     scale_aliases: tuple[str, ...] = ()
     ignored_suffixes: Mapping[str, str] = field(default_factory=dict)
 
