@@ -1,0 +1,54 @@
+"""Fine-tune FP8 mixture-of-experts checkpoints as they are, with transformers, peft and trl.
+
+The public names are loaded when they are first used, so ``import octavo`` costs nothing and patches nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from octavo.errors import AdapterError, CheckpointError, ConfigError, EngineError, OctavoError
+
+if TYPE_CHECKING:
+    from octavo import demo
+    from octavo.integrations.peft import lora_config
+    from octavo.integrations.transformers import configure, describe, enabled, load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "OctavoError",
+    "__version__",
+    "configure",
+    "demo",
+    "describe",
+    "enabled",
+    "load_model",
+    "lora_config",
+]
+
+_HOME = {
+    "configure": "octavo.integrations.transformers",
+    "describe": "octavo.integrations.transformers",
+    "enabled": "octavo.integrations.transformers",
+    "load_model": "octavo.integrations.transformers",
+    "lora_config": "octavo.integrations.peft",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "demo":
+        return import_module("octavo.demo")
+    if name not in _HOME:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    # Python asks again only for names that the module lacks.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
