@@ -7,7 +7,7 @@ parallel plans survive; only the storage of the stacks and the forward change.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from octavo.nn import storage
 from octavo.nn.linear import autocast
 from octavo.nn.settings import Settings
 from octavo.ops.experts import Side, expert_mlp
-from octavo.ops.gates import SWIGLU, Gate, ModelGate
+from octavo.ops.gates import Gate
 from octavo.ops.weights import WeightSpec
 
 
@@ -197,7 +197,3 @@ def adopt_float8(
             storage.declare(adopted, f"{name}_input_scale", (num_experts, parts, 1), torch.float32)
     return adopted
 
-
-def swiglu_or(name: str, function: Callable[[Tensor], Tensor], *, standard: bool, act_fn: Any) -> Gate:
-    """The named gate where the class uses the standard one with SiLU, else the class's own."""
-    return SWIGLU if standard and isinstance(act_fn, nn.SiLU) else ModelGate(name, function)

@@ -1,0 +1,262 @@
+"""Who claims which tensor: a checkpoint's ledger held against a model class, before any byte is read.
+
+Names are resolved with transformers' own renamings and converters, so what is said here is what the loader will do.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from octavo.checkpoint.accounting import Ledger, QuantizedWeight
+from octavo.checkpoint.headers import TensorEntry
+from octavo.errors import CheckpointError
+from octavo.formats.scheme import ScaleLayout
+from octavo.integrations.experts import experts_layout, why_not_ours
+
+INSPECT = "Nothing was loaded. Run `octavo inspect` on this folder to see every tensor and what claims it."
+
+
+@dataclass(frozen=True)
+class Float8Target:
+    """A model parameter that FP8 tensors of the checkpoint fill: where it lies and what fills it, in stacking order."""
+
+    name: str
+    layout: ScaleLayout
+    sources: tuple[QuantizedWeight, ...]
+
+    @property
+    def owner(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def static_input(self) -> bool:
+        return self.sources[0].activation is not None
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What becomes of every tensor: FP8 stacks and layers by owner module, and weights to dequantize at load.
+
+    ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings and output heads.
+    """
+
+    experts: dict[str, dict[str, Float8Target]]
+    linears: dict[str, Float8Target]
+    dequantized: dict[str, Float8Target]
+
+
+def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
+    """Hold every key of ``ledger`` against ``model`` (on the meta device).
+
+    Raises :class:`CheckpointError` for a key that nothing claims, a parameter that nothing fills, a wrong shape, a weight that the
+    config declares FP8 and the file holds in another dtype, and FP8 weights that no octavo module can hold.
+    """
+    names = _Names(ledger, model)
+    parameters: dict[str, Tensor] = model.state_dict()
+    weights: dict[str, list[QuantizedWeight]] = defaultdict(list)
+    plain: dict[str, list[TensorEntry]] = defaultdict(list)
+    unknown: list[TensorEntry] = []
+    by_key = {weight.weight.key: weight for weight in ledger.quantized.values()}
+    for key in sorted((*by_key, *ledger.plain), key=_natural):
+        entry = ledger.entries[key]
+        target = names.target(key, parameters)
+        if target is None:
+            unknown.append(entry)
+        elif key in by_key:
+            weights[target].append(by_key[key])
+        else:
+            plain[target].append(entry)
+    _refuse_unknown(ledger, model, unknown)
+    _refuse_missing(ledger, model, {*weights, *plain}, parameters)
+    _check_shapes(names, parameters, weights, plain)
+    if ledger.scheme is not None:
+        _check_declared(ledger, model, plain)
+    return _sort_targets(names, model, parameters, weights, plain)
+
+
+class _Names:
+    """On-disk keys to model parameters, by transformers' own rules."""
+
+    def __init__(self, ledger: Ledger, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self.ledger, self.prefix = ledger, model.base_model_prefix
+        self.renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self.converter_of: dict[str, WeightConverter] = {}
+        self._by_pattern = {p: converter for converter in self.converters for p in converter.source_patterns}
+
+    def target(self, key: str, parameters: dict[str, Tensor]) -> str | None:
+        """The parameter that ``key`` fills (the first of them, for a converter with several), or ``None``."""
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, pattern = rename_source_key(key, [], [], self.prefix, parameters)
+        if name not in parameters:
+            return None
+        if pattern is not None:
+            self.converter_of[name] = self._by_pattern[pattern]
+        return str(name)
+
+
+def _natural(key: str) -> list[Any]:
+    """Order numbers in a name as numbers: expert 2 before expert 10, as the loader stacks them."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
+
+
+def _fail(entry: TensorEntry, text: str) -> NoReturn:
+    raise CheckpointError(f"{entry.file.name}: {entry.key!r} {text} {INSPECT}")
+
+
+def _refuse_unknown(ledger: Ledger, model: PreTrainedModel, unknown: list[TensorEntry]) -> None:
+    known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    left = [entry for entry in unknown if not any(pattern.search(entry.key) for pattern in known)]
+    # a frequency table that old checkpoints carry; transformers computes it
+    left = [entry for entry in left if not entry.key.endswith("rotary_emb.inv_freq")]
+    if left and ledger.scheme is not None:
+        count = f"one of {len(left)} such tensors, " if len(left) > 1 else ""
+        _fail(
+            left[0],
+            f"({count}{left[0].dtype} {list(left[0].shape)}) belongs to no parameter of {type(model).__name__}, and neither the config nor the "
+            "model class names it as unused. Check that config.json is this checkpoint's own.",
+        )
+
+
+def _refuse_missing(ledger: Ledger, model: PreTrainedModel, filled: set[str], parameters: dict[str, Tensor]) -> None:
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    tied = set(model.all_tied_weights_keys)
+    missing = [
+        name
+        for name in parameters
+        if name not in filled and name not in tied and not any(pattern.search(name) for pattern in optional)
+    ]
+    if missing and ledger.scheme is not None:
+        files = f"{len(ledger.files)} file{'s' if len(ledger.files) > 1 else ''} in {ledger.folder.name}"
+        raise CheckpointError(
+            f"No tensor in the {files} fills {missing[0]!r}"
+            + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
+            + f" of {type(model).__name__}; transformers would have initialised it at random. Download the checkpoint again. {INSPECT}"
+        )
+
+
+def _check_shapes(
+    names: _Names,
+    parameters: dict[str, Tensor],
+    weights: dict[str, list[QuantizedWeight]],
+    plain: dict[str, list[TensorEntry]],
+) -> None:
+    entries = {target: [weight.weight for weight in filled] for target, filled in weights.items()}
+    for target, filled in (*entries.items(), *plain.items()):
+        shape = tuple(parameters[target].shape)
+        converter = names.converter_of.get(target)
+        if converter is None:
+            for entry in filled:
+                if entry.shape != shape:
+                    _fail(entry, f"has shape {list(entry.shape)}, the model's {target!r} has {list(shape)}.")
+        elif _stacks(converter):
+            total = sum(_numel(entry.shape) for entry in filled)
+            if total != _numel(shape):
+                _fail(
+                    filled[0],
+                    f"and {len(filled) - 1} more are stacked into {target!r} of shape {list(shape)}: they hold {total} values, expected "
+                    f"{_numel(shape)}.",
+                )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether a converter only stacks and concatenates, so that codes and scale grids may go through it."""
+    return all(isinstance(operation, MergeModulelist | Concatenate) for operation in converter.operations)
+
+
+def _check_declared(ledger: Ledger, model: PreTrainedModel, plain: dict[str, list[TensorEntry]]) -> None:
+    """Refuse a linear layer that the config declares FP8 and the file holds in another dtype."""
+    assert ledger.scheme is not None
+    exempt = _kept_by_default(model)
+    for target, entries in plain.items():
+        owner, _, parameter = target.rpartition(".")
+        module = model.get_submodule(owner)
+        if parameter != "weight" or not isinstance(module, nn.Linear) or owner in exempt:
+            continue
+        for entry in entries:
+            name = entry.key.removesuffix(".weight")
+            if ledger.scheme.layout_of(name) is not None:
+                _fail(
+                    entry,
+                    f"is {entry.dtype}, and the config declares it FP8 ({ledger.scheme.why(name)}). If it was left unquantized on "
+                    "purpose, name it in the config's ignore list.",
+                )
+
+
+def _kept_by_default(model: PreTrainedModel) -> set[str]:
+    """Modules that quantizers leave alone without naming them: the output head and whatever is tied."""
+    head = model.get_output_embeddings()
+    kept = {name for name, module in model.named_modules() if head is not None and module is head}
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    return kept | {name.rpartition(".")[0] for name in tied}
+
+
+def _sort_targets(
+    names: _Names,
+    model: PreTrainedModel,
+    parameters: dict[str, Tensor],
+    weights: dict[str, list[QuantizedWeight]],
+    plain: dict[str, list[TensorEntry]],
+) -> Claims:
+    claims = Claims({}, {}, {})
+    kept = _kept_by_default(model)
+    for name, sources in weights.items():
+        if name in plain:
+            _fail(
+                plain[name][0],
+                f"is {plain[name][0].dtype} while {sources[0].weight.key!r} is FP8, and both are stacked into {name!r}: experts of one layer are quantized "
+                "all or none.",
+            )
+        layouts = {source.layout for source in sources}
+        if len(layouts) > 1:
+            _fail(sources[0].weight, f"shares {name!r} with weights of another scale layout: {', '.join(map(str, layouts))}.")
+        target = Float8Target(name, sources[0].layout, tuple(sources))
+        converter = names.converter_of.get(name)
+        if converter is not None and not _stacks(converter):
+            _fail(sources[0].weight, f"is FP8, and {type(model).__name__} rearranges it while loading ({converter.operations}).")
+        if len({source.activation is None for source in sources}) > 1:
+            _fail(sources[0].weight, f"has a static activation scale and others stacked into {name!r} have none.")
+        owner = model.get_submodule(target.owner)
+        if target.owner in kept or isinstance(owner, nn.Embedding):
+            claims.dequantized[name] = target
+        elif (layout := experts_layout(owner)) is not None and target.parameter in layout.names:
+            if reason := why_not_ours(owner, float8=True):
+                _fail(sources[0].weight, f"is FP8, and octavo cannot hold {type(owner).__name__}: {reason}.")
+            claims.experts.setdefault(target.owner, {})[target.parameter] = target
+        elif type(owner) is nn.Linear and len(sources) == 1:
+            claims.linears[target.owner] = target
+        else:
+            _fail(sources[0].weight, f"is FP8 and fills {name!r} of a {type(owner).__name__}, which octavo has no FP8 storage for.")
+    for owner_name, stacks in claims.experts.items():
+        layout = experts_layout(model.get_submodule(owner_name))
+        assert layout is not None
+        for name in layout.names:
+            if name not in stacks:
+                some = next(iter(stacks.values())).sources[0].weight
+                _fail(some, f"is FP8 while {owner_name}.{name} is not: an experts layer is quantized in all its projections or in none.")
+    return claims

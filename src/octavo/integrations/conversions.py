@@ -1,0 +1,168 @@
+"""Weight conversions that run inside transformers' loader: scales of any stored form to one grid of multipliers, and back on save."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from octavo.checkpoint.accounting import Ledger
+from octavo.errors import CheckpointError
+from octavo.formats.weight import Float8Weight, multipliers
+from octavo.integrations.claims import Float8Target
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def as_grid(scale: Tensor) -> Tensor:
+    """A scale as stored, as a 2-D grid of float32 multipliers: ``[]`` and ``[1]`` become [1, 1], ``[N]`` becomes [N, 1]."""
+    scale = multipliers(scale)
+    return scale.reshape(-1, 1) if scale.ndim < 2 else scale
+
+
+def as_stored(grid: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`as_grid` for a file's safetensors ``dtype`` and ``shape``; exact, because that is where it came from."""
+    if dtype in ("F8_E8M0", "U8"):
+        # a power of two: the exponent field is the byte
+        stored = (grid.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+        stored = stored.view(torch.float8_e8m0fnu) if dtype == "F8_E8M0" else stored
+    else:
+        stored = grid.to(_DTYPES[dtype])
+    return stored.reshape(shape)
+
+
+class ToGrid(ConversionOps):  # type: ignore[misc]
+    """Loads scales: every tensor collected becomes a grid, so that the model's own stacking applies to it.
+
+    ``alone``: no stacking follows, so the result already takes the target's name.
+    """
+
+    # transformers hands tensors to operations that carry this as the file has them, without casting them first
+    hf_quantizer = True
+
+    def __init__(self, ledger: Ledger, *, alone: bool = False) -> None:
+        self.ledger, self.alone = ledger, alone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ToGrid":
+        return self
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        return {
+            target_patterns[0] if self.alone else pattern: [as_grid(tensor) for tensor in _listed(tensors)]
+            for pattern, tensors in input_dict.items()
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FromGrid(self.ledger, alone=self.alone)
+
+
+class FromGrid(ConversionOps):  # type: ignore[misc]
+    """Saves scales: each grid goes back to the dtype and shape that the file had for its key."""
+
+    def __init__(self, ledger: Ledger, *, alone: bool = False) -> None:
+        self.ledger, self.alone = ledger, alone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FromGrid":
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], target_patterns: list[str], full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        if self.alone:
+            input_dict = {target_patterns[0]: next(iter(input_dict.values()))}
+        first = full_layer_name.replace("*.", "0.")
+        prefix = next((first.partition(key)[0] for key in input_dict if key in first), "")
+        result = {}
+        for key, tensors in input_dict.items():
+            entry = self.ledger.entries.get(prefix + key)
+            if entry is None:
+                raise CheckpointError(
+                    f"{prefix + key!r} cannot be saved as it was read: {self.ledger.folder.name} has no such scale. "
+                    "The model's layers were renamed or replaced after loading."
+                )
+            result[key] = as_stored(_listed(tensors)[0], entry.dtype, entry.shape)
+        return result
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return ToGrid(self.ledger, alone=self.alone)
+
+
+def _listed(tensors: Any) -> list[Tensor]:
+    return tensors if isinstance(tensors, list) else [tensors]
+
+
+class ToDense(ConversionOps):  # type: ignore[misc]
+    """Loads an FP8 embedding or output head: codes × scales, rounded once to ``dtype``."""
+
+    hf_quantizer = True
+
+    def __init__(self, target: Float8Target, dtype: torch.dtype) -> None:
+        self.target, self.dtype = target, dtype
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ToDense":
+        return self
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        source = self.target.sources[0]
+        found = {pattern: _listed(tensors)[0] for pattern, tensors in input_dict.items()}
+        # codes are exact in every float dtype, so a loader that cast them by value did no harm
+        codes = found[source.weight.key].to(torch.float8_e4m3fn)
+        block = self.target.layout.block_of(*codes.shape)
+        weight = Float8Weight.from_storage(codes, as_grid(found[source.scale.key]), block=block)
+        return {target_patterns[0]: weight.dequantize(self.dtype)[0]}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FromDense(self.target, self.dtype)
+
+
+class FromDense(ConversionOps):  # type: ignore[misc]
+    """Saves what :class:`ToDense` loaded: the codes and the scale that the state dict already brought back."""
+
+    def __init__(self, target: Float8Target, dtype: torch.dtype) -> None:
+        self.target, self.dtype = target, dtype
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return ToDense(self.target, self.dtype)
+
+
+def with_scales(
+    conversions: list[Any], parameters: set[str], suffixes: Mapping[str, str], ledger: Ledger
+) -> list[Any]:
+    """The model's ``conversions`` plus a copy of each stacking converter per kind of scale.
+
+    ``suffixes``: last part of an on-disk key (``weight_scale_inv``) to what the stack's parameter is called beside it
+    (``_scale``). Only converters whose target exists with that suffix in ``parameters`` are copied.
+    """
+    result: list[Any] = []
+    for conversion in conversions:
+        result.append(conversion)
+        if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+            continue
+        sources, target = list(conversion._original_source_patterns), conversion._original_target_patterns[0]
+        if not all(source.endswith(".weight") for source in sources):
+            continue
+        for on_disk, suffix in suffixes.items():
+            if any(name.endswith(f"{target}{suffix}") for name in parameters):
+                copy = WeightConverter(
+                    [source.removesuffix("weight") + on_disk for source in sources],
+                    target + suffix,
+                    [ToGrid(ledger), *conversion.operations],
+                )
+                copy.scope_prefix, copy.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+                result.append(copy)
+    return result
+
+
+def linear_scales(suffixes: Mapping[str, str], ledger: Ledger) -> list[Any]:
+    """Converters for the scales of linear layers: ``<layer>.weight_scale_inv`` → ``<layer>.weight_scale``."""
+    return [WeightConverter([f".{on_disk}"], [f".{name}"], [ToGrid(ledger, alone=True)]) for on_disk, name in suffixes.items()]
+
+

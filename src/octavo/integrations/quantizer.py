@@ -1,0 +1,266 @@
+"""octavo's quantizer for transformers' own loader: storage instead of expansion, accounting before the first byte.
+
+``preprocess_model`` gets the empty model and the files: the ledger is opened, every key is claimed, and the modules that will hold
+FP8 are swapped on the meta device. The stock loader then streams tensors and stacks codes and scales. Afterwards codes
+and scales are sealed and their values checked where they lie, without a second pass over the disk.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from octavo.checkpoint.accounting import Ledger, open_ledger
+from octavo.checkpoint.values import check_codes, check_scales
+from octavo.errors import CheckpointError
+from octavo.integrations import conversions
+from octavo.integrations.claims import Claims, Float8Target, claim
+from octavo.integrations.experts import experts_layout, gate_of, why_not_ours
+from octavo.nn.experts import DenseExperts, Float8Experts, OctavoExperts, adopt_dense, adopt_float8
+from octavo.nn.linear import Float8Linear
+from octavo.nn.settings import Settings
+from octavo.nn.storage import unsealed
+
+logger = logging.getLogger("octavo")
+
+PRIVATE_METHOD = "octavo"
+
+
+class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """A checkpoint's ``quantization_config`` as the file has it, with the settings that its modules will get.
+
+    Saved again as the file's own dictionary, ``quant_method`` included.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], settings: Settings, *, registered_as: str) -> None:
+        self.raw = copy.deepcopy(dict(raw))
+        self.settings = settings
+        # transformers looks the quantizer up under this name
+        self.quant_method = registered_as
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(config_dict["raw"], Settings(*config_dict["settings"]), registered_as=PRIVATE_METHOD)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.raw)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {}
+
+
+class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Keeps FP8 weights in FP8 through transformers' loader."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.settings = quantization_config.settings
+        self._ledger: Ledger | None = None
+        self._claims: Claims | None = None
+        self._dtype = torch.get_default_dtype()
+
+    @property
+    def ledger(self) -> Ledger:
+        assert self._ledger is not None, "the ledger is opened when loading starts"
+        return self._ledger
+
+    @property
+    def claims(self) -> Claims:
+        assert self._claims is not None, "claims are made when loading starts"
+        return self._claims
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype == torch.float32:
+            logger.warning(
+                "Loading an FP8 checkpoint with dtype float32: activations and everything unquantized take twice the memory of bfloat16. "
+                "Pass dtype=torch.bfloat16 unless you mean it (trl loads a path in float32 by default)."
+            )
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("octavo loads FP8 weights from files; a state_dict without files cannot be accounted for.")
+        self._dtype = dtype or self._dtype
+        self._ledger = open_ledger([Path(file) for file in checkpoint_files])
+        self._claims = claim(self.ledger, model)
+        for name, stacks in self.claims.experts.items():
+            self._swap_experts(model.get_submodule(name), stacks)
+        for name, target in self.claims.linears.items():
+            model.set_submodule(name, self._float8_linear(model.get_submodule(name), target))
+
+    def _swap_experts(self, module: nn.Module, stacks: dict[str, Float8Target]) -> None:
+        layout = experts_layout(module)
+        assert layout is not None
+        adopted = adopt_float8(
+            module,
+            layout,
+            gate_of(module),
+            self.settings,
+            {name: target.layout for name, target in stacks.items()},
+            {name for name, target in stacks.items() if target.static_input},
+        )
+        _load_shards_locally(adopted)
+
+    def _float8_linear(self, module: nn.Module, target: Float8Target) -> Float8Linear:
+        assert isinstance(module, nn.Linear)
+        linear = Float8Linear(
+            module.in_features,
+            module.out_features,
+            layout=target.layout,
+            bias=module.bias is not None,
+            static_input=target.static_input,
+            settings=self.settings,
+        )
+        _load_shards_locally(linear)
+        return linear
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
+        """Add the scales' conversions. ``model`` came with transformers 5.21; the claims already hold what it is asked for."""
+        dense = []
+        for name, target in self.claims.dequantized.items():
+            source = target.sources[0]
+            dense.append(
+                conversions.WeightConverter(
+                    [source.weight.key, source.scale.key], [name], [conversions.ToDense(target, self._dtype)]
+                )
+            )
+        scales, activations = self._suffixes()
+        parameters = {
+            f"{owner}.{stack}{suffix}" for owner, stacks in self.claims.experts.items() for stack in stacks for suffix in ("_scale", "_input_scale")
+        }
+        stacked = conversions.with_scales(
+            weight_conversions,
+            parameters,
+            dict.fromkeys(scales, "_scale") | dict.fromkeys(activations, "_input_scale"),
+            self.ledger,
+        )
+        linears = conversions.linear_scales(
+            dict.fromkeys(scales, "weight_scale") | dict.fromkeys(activations, "input_scale"), self.ledger
+        )
+        return [*dense, *stacked, *linears]
+
+    def _suffixes(self) -> tuple[list[str], list[str]]:
+        """Last parts of the keys of weight scales and of activation scales, as this checkpoint spells them."""
+        weights = self.ledger.quantized.values()
+        scales = {weight.scale.key.rpartition(".")[2] for weight in weights}
+        activations = {weight.activation.key.rpartition(".")[2] for weight in weights if weight.activation is not None}
+        return sorted(scales), sorted(activations)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, Float8Experts | Float8Linear):
+                module.seal()
+        check_values(model, self.claims)
+        adopt_dense_experts(model, self.settings)
+        return model
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Shard scales like their weights; a scale whose rows are whole cannot be cut along them, so it is replicated."""
+        from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+
+        for name, parameter in model.named_parameters():
+            if not name.endswith("_scale"):
+                continue
+            scale = replace_layer_number_by_wildcard(name)
+            weight = scale.removesuffix("_input_scale").removesuffix("_scale")
+            style = plan.get(weight) or plan.get(weight.removesuffix(".weight"))
+            if style is not None:
+                plan[scale] = "replicate" if "rowwise" in style and parameter.shape[-1] == 1 else style
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state dict with codes as float8 and scales as float32 again, for saving under the file's own names."""
+        state: dict[str, Tensor] = dict(model.state_dict())
+        for name, module in model.named_modules():
+            if isinstance(module, Float8Experts | Float8Linear):
+                for parameter in _sealed_names(module):
+                    state[f"{name}.{parameter}"] = unsealed(state[f"{name}.{parameter}"])
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _sealed_names(module: Float8Experts | Float8Linear) -> list[str]:
+    weights = list(module.experts_layout.names) if isinstance(module, Float8Experts) else ["weight"]
+    return [*weights, *module.scale_names]
+
+
+def _load_shards_locally(module: nn.Module) -> None:
+    """Ask transformers' loader for this rank's part of each tensor as a local tensor under tensor parallelism."""
+    module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
+
+
+def check_values(model: PreTrainedModel, claims: Claims) -> None:
+    """Check every loaded scale and code where it lies; see :mod:`octavo.checkpoint.values`."""
+    targets = [
+        *(target for stacks in claims.experts.values() for target in stacks.values()),
+        *claims.linears.values(),
+    ]
+    for target in targets:
+        owner = model.get_submodule(target.owner)
+        is_linear = isinstance(owner, Float8Linear)
+        scale_name = "weight_scale" if is_linear else f"{target.parameter}_scale"
+        check_scales(_source_name(target), unsealed(owner.get_parameter(scale_name)))
+        check_codes(_source_name(target), unsealed(owner.get_parameter(target.parameter)))
+
+
+def _source_name(target: Float8Target) -> str:
+    first = target.sources[0].weight
+    return first.key if len(target.sources) == 1 else f"{target.name} (stacked from {first.key} and {len(target.sources) - 1} more)"
+
+
+def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:
+    """Put unquantized experts on octavo's forward; returns the names of those that stay on the model's own, with the reason."""
+    left = []
+    for name, module in model.named_modules():
+        layout = experts_layout(module)
+        if layout is None or isinstance(module, OctavoExperts):
+            continue
+        if reason := why_not_ours(module, float8=False):
+            left.append(f"{name}: {reason}")
+        else:
+            adopt_dense(module, layout, gate_of(module), settings)
+    return left
+
+
+def configure(model: nn.Module, *, numerics: str | None = None, engine: str | None = None) -> nn.Module:
+    """Change how a loaded model computes: ``numerics`` (exact, fp8_grad, fp8) and ``engine``; ``None`` leaves one as it is.
+
+    Works under peft wrappers too. Experts of a plain model that plain transformers loaded are put on octavo's forward first.
+    Returns ``model``. Raises :class:`octavo.errors.EngineError` before anything changes.
+    """
+    ours = [module for module in model.modules() if isinstance(module, OctavoExperts | Float8Linear)]
+    before = ours[0].settings if ours else Settings()
+    Settings(numerics or before.numerics, engine or before.engine)
+    adopt_dense_experts(model, before)
+    for module in model.modules():
+        if isinstance(module, OctavoExperts | Float8Linear):
+            old = module.settings
+            module.settings = Settings(numerics or old.numerics, engine or old.engine)
+    return model
+
+
+__all__ = ["DenseExperts", "OctavoConfig", "OctavoQuantizer", "adopt_dense_experts", "check_values", "configure"]

@@ -1,0 +1,175 @@
+"""Loading: ``load_model`` and ``enabled``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import auto
+
+from octavo.checkpoint.accounting import open_ledger
+from octavo.errors import CheckpointError
+from octavo.formats.scheme import is_fp8
+from octavo.integrations.quantizer import (
+    PRIVATE_METHOD,
+    OctavoConfig,
+    OctavoQuantizer,
+    adopt_dense_experts,
+    configure,
+    logger,
+)
+from octavo.nn.settings import Settings
+
+__all__ = ["configure", "enabled", "find_checkpoint", "load_model"]
+
+# Everything a model or its tokenizer needs, and no weights in other formats.
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    numerics: str = "exact",
+    engine: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    device_map: str | dict[str, Any] | torch.device | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    attn_implementation: str | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model with its FP8 weights kept in FP8; plain checkpoints load as in transformers.
+
+    ``path_or_id``: a folder, or a hub id (downloaded with progress at ``revision``, with ``token``). ``numerics``: exact, fp8_grad or fp8.
+    ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts. ``dtype``: of activations and of
+    everything unquantized. ``device_map``: as in transformers; ``None`` places the model on the current accelerator, or the CPU.
+
+    Every tensor of the checkpoint is accounted for before a byte is read, and every scale and code is checked once loaded.
+    No global state of transformers changes.
+
+    Raises :class:`octavo.errors.CheckpointError`, with nothing left loaded, and :class:`octavo.errors.EngineError`.
+    """
+    settings = Settings(numerics, "auto" if engine == "stock" else engine)
+    folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+    ledger = open_ledger(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if ledger.scheme is not None:
+        if engine == "stock":
+            raise CheckpointError(
+                f"{folder.name} holds FP8 weights, and engine='stock' is for unquantized models: transformers' own FP8 experts take no LoRA. "
+                "Leave engine at 'auto'."
+            )
+        _register_private()
+        _set_quantization_config(
+            config,
+            {
+                "quant_method": PRIVATE_METHOD,
+                "raw": dict(ledger.scheme.raw),
+                "settings": [settings.numerics, settings.engine],
+            },
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        device_map=device_map if device_map is not None else _current_device(),
+        attn_implementation=attn_implementation,
+        local_files_only=True,
+    )
+    if ledger.scheme is None and engine != "stock":
+        for left in adopt_dense_experts(model, settings):
+            logger.warning("experts stay on transformers' own forward: %s", left)
+    model.name_or_path = model.config.name_or_path = str(path_or_id)
+    return model
+
+
+def find_checkpoint(
+    path_or_id: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder of a checkpoint: ``path_or_id`` itself, or the hub repository downloaded into the local cache.
+
+    Raises :class:`CheckpointError` when it is neither a folder nor a repository that can be reached.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file, and a checkpoint is a folder with config.json and safetensors files.")
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_id), revision=revision, token=token, allow_patterns=_FILES, local_files_only=local_files_only
+            )
+        )
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise CheckpointError(
+            f"{str(path_or_id)!r} is neither a folder nor a hub repository that could be found here"
+            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}). Check the spelling, the token, and the network."
+        ) from error
+
+
+def _current_device() -> dict[str, Any] | None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if device is None else {"": torch.device(device.type, torch.accelerator.current_device_index())}
+
+
+def _set_quantization_config(config: Any, value: dict[str, Any]) -> None:
+    """Put ``value`` where transformers looks for it: on the config, not on its text part."""
+    text = config.get_text_config()
+    if text is not config and getattr(text, "quantization_config", None) is not None:
+        del text.quantization_config
+    config.quantization_config = value
+
+
+def _register_private() -> None:
+    """Teach transformers a method name of our own; no other name is touched."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(PRIVATE_METHOD, OctavoConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(PRIVATE_METHOD, OctavoQuantizer)
+
+
+@contextmanager
+def enabled(*, numerics: str = "exact", engine: str = "auto") -> Iterator[None]:
+    """Inside the block, plain ``from_pretrained`` keeps FP8 weights in FP8; afterwards transformers is as it was.
+
+    For code that loads by itself. Checkpoints that are not FP8 go to the stock quantizer, or to none. A model loaded without quantization keeps
+    transformers' own experts; ``octavo.configure(model)`` moves them to octavo's forward.
+    """
+    settings = Settings(numerics, engine)
+    before = dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING), dict(auto.AUTO_QUANTIZER_MAPPING)
+    for method in ("fp8", "compressed-tensors", "modelopt", "fbgemm_fp8"):
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _config_factory(before[0].get(method), settings)
+        auto.AUTO_QUANTIZER_MAPPING[method] = _quantizer_factory(before[1].get(method))
+    try:
+        yield
+    finally:
+        for mapping, old in zip((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING), before, strict=True):
+            mapping.clear()
+            mapping.update(old)
+
+
+def _config_factory(stock: Any, settings: Settings) -> Any:
+    class Config:
+        """Reads a ``quantization_config``: ours where it declares FP8 weights, else the stock class."""
+
+        @staticmethod
+        def from_dict(config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            if is_fp8(config_dict):
+                config = OctavoConfig(config_dict, settings, registered_as=config_dict["quant_method"])
+                return (config, kwargs) if return_unused_kwargs else config
+            if stock is None:
+                raise CheckpointError(f"quant_method {config_dict.get('quant_method')!r} of this kind is read neither by octavo nor by transformers.")
+            return stock.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    return Config
+
+
+def _quantizer_factory(stock: Any) -> Any:
+    def make(quantization_config: Any, **kwargs: Any) -> Any:
+        chosen = OctavoQuantizer if isinstance(quantization_config, OctavoConfig) else stock
+        return chosen(quantization_config, **kwargs)
+
+    return make
