@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from octavo.checkpoint.accounting import Ledger
@@ -143,13 +144,13 @@ def with_scales(
     """
     result: list[Any] = []
     for conversion in conversions:
-        result.append(conversion)
         if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+            result.append(conversion)
             continue
         sources, target = list(conversion._original_source_patterns), conversion._original_target_patterns[0]
-        if not all(source.endswith(".weight") for source in sources):
-            continue
-        for on_disk, suffix in suffixes.items():
+        stacks_weights = all(source.endswith(".weight") for source in sources)
+        # copies first: before transformers 5.21 the pattern of a weight also matches the name of its scale
+        for on_disk, suffix in suffixes.items() if stacks_weights else ():
             if any(name.endswith(f"{target}{suffix}") for name in parameters):
                 copy = WeightConverter(
                     [source.removesuffix("weight") + on_disk for source in sources],
@@ -158,6 +159,7 @@ def with_scales(
                 )
                 copy.scope_prefix, copy.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
                 result.append(copy)
+        result.append(conversion)
     return result
 
 
@@ -166,3 +168,16 @@ def linear_scales(suffixes: Mapping[str, str], ledger: Ledger) -> list[Any]:
     return [WeightConverter([f".{on_disk}"], [f".{name}"], [ToGrid(ledger, alone=True)]) for on_disk, name in suffixes.items()]
 
 
+
+
+def order_for_saving(model: PreTrainedModel) -> None:
+    """Let scales be matched before weights when transformers reverts the conversions.
+
+    Before 5.21 the pattern of a stack also matches the name of its scale. The list is reverted from its end.
+    """
+    used = model._weight_conversions
+    model._weight_conversions = sorted(used, key=_handles_scales)
+
+
+def _handles_scales(conversion: Any) -> bool:
+    return isinstance(conversion, WeightConverter) and any(isinstance(op, ToGrid) for op in conversion.operations)

@@ -88,14 +88,14 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 "Loading an FP8 checkpoint with dtype float32: activations and everything unquantized take twice the memory of bfloat16. "
                 "Pass dtype=torch.bfloat16 unless you mean it (trl loads a path in float32 by default)."
             )
+        self._dtype = dtype
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
             raise CheckpointError("octavo loads FP8 weights from files; a state_dict without files cannot be accounted for.")
-        self._dtype = dtype or self._dtype
         self._ledger = open_ledger([Path(file) for file in checkpoint_files])
         self._claims = claim(self.ledger, model)
         for name, stacks in self.claims.experts.items():
@@ -167,7 +167,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.seal()
         check_values(model, self.claims)
         adopt_dense_experts(model, self.settings)
+        self._finish_plain_experts(model)
+        conversions.order_for_saving(model)
         return model
+
+    def _finish_plain_experts(self, model: PreTrainedModel) -> None:
+        """Give unquantized stacks of a mixed checkpoint the model's dtype: before 5.21 the loader leaves what it stacks in the file's."""
+        for module in model.modules():
+            if isinstance(module, DenseExperts):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self._dtype)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Shard scales like their weights; a scale whose rows are whole cannot be cut along them, so it is replicated."""
