@@ -30,7 +30,10 @@ INSPECT = "Nothing was loaded. Run `octavo inspect` on this folder to see every 
 
 @dataclass(frozen=True)
 class Float8Target:
-    """A model parameter that FP8 tensors of the checkpoint fill: where it lies and what fills it, in stacking order."""
+    """A model parameter that FP8 tensors of the checkpoint fill.
+
+    ``sources``: in stacking order, part by part: every expert's gate, then every expert's up.
+    """
 
     name: str
     layout: ScaleLayout
@@ -99,6 +102,7 @@ class _Names:
         self.renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self.converter_of: dict[str, WeightConverter] = {}
+        self._part_of: dict[str, int] = {}
         self._by_pattern = {p: converter for converter in self.converters for p in converter.source_patterns}
 
     def target(self, key: str, parameters: dict[str, Tensor]) -> str | None:
@@ -109,8 +113,13 @@ class _Names:
         if name not in parameters:
             return None
         if pattern is not None:
-            self.converter_of[name] = self._by_pattern[pattern]
+            converter = self.converter_of[name] = self._by_pattern[pattern]
+            self._part_of[key] = converter.source_patterns.index(pattern)
         return str(name)
+
+    def stacked(self, sources: list[QuantizedWeight]) -> tuple[QuantizedWeight, ...]:
+        """``sources`` (experts in order) part by part, as the converter concatenates them."""
+        return tuple(sorted(sources, key=lambda source: self._part_of.get(source.weight.key, 0)))
 
 
 def _natural(key: str) -> list[Any]:
@@ -235,7 +244,7 @@ def _sort_targets(
         layouts = {source.layout for source in sources}
         if len(layouts) > 1:
             _fail(sources[0].weight, f"shares {name!r} with weights of another scale layout: {', '.join(map(str, layouts))}.")
-        target = Float8Target(name, sources[0].layout, tuple(sources))
+        target = Float8Target(name, sources[0].layout, names.stacked(sources))
         converter = names.converter_of.get(name)
         if converter is not None and not _stacks(converter):
             _fail(sources[0].weight, f"is FP8, and {type(model).__name__} rearranges it while loading ({converter.operations}).")

@@ -223,22 +223,39 @@ def _load_shards_locally(module: nn.Module) -> None:
 
 
 def check_values(model: PreTrainedModel, claims: Claims) -> None:
-    """Check every loaded scale and code where it lies; see :mod:`octavo.checkpoint.values`."""
-    targets = [
-        *(target for stacks in claims.experts.values() for target in stacks.values()),
-        *claims.linears.values(),
-    ]
+    """Check every loaded scale and code where it lies; see :mod:`octavo.checkpoint.values`.
+
+    Raises :class:`CheckpointError` naming the file and the tensor.
+    """
+    targets = [*(target for stacks in claims.experts.values() for target in stacks.values()), *claims.linears.values()]
     for target in targets:
         owner = model.get_submodule(target.owner)
-        is_linear = isinstance(owner, Float8Linear)
-        scale_name = "weight_scale" if is_linear else f"{target.parameter}_scale"
-        check_scales(_source_name(target), unsealed(owner.get_parameter(scale_name)))
-        check_codes(_source_name(target), unsealed(owner.get_parameter(target.parameter)))
+        codes = unsealed(owner.get_parameter(target.parameter))
+        scale_name = "weight_scale" if isinstance(owner, Float8Linear) else f"{target.parameter}_scale"
+        scales = unsealed(owner.get_parameter(scale_name))
+        try:
+            check_scales(target.name, scales)
+            check_codes(target.name, codes)
+        except CheckpointError:
+            _name_culprit(target, codes, scales)
+            raise
 
 
-def _source_name(target: Float8Target) -> str:
-    first = target.sources[0].weight
-    return first.key if len(target.sources) == 1 else f"{target.name} (stacked from {first.key} and {len(target.sources) - 1} more)"
+def _name_culprit(target: Float8Target, codes: Tensor, scales: Tensor) -> None:
+    """Check the tensors that a stack was made of one by one, so that the error names the one in the file."""
+    if len(target.sources) == 1:
+        pieces = [(target.sources[0], codes, scales)]
+    else:
+        num_experts = codes.shape[0]
+        parts = len(target.sources) // num_experts
+        pieces = [
+            (target.sources[part * num_experts + expert], codes[expert].chunk(parts)[part], scales[expert].chunk(parts)[part])
+            for expert in range(num_experts)
+            for part in range(parts)
+        ]
+    for source, source_codes, source_scales in pieces:
+        check_scales(f"{source.scale.file.name}: {source.scale.key}", source_scales)
+        check_codes(f"{source.weight.file.name}: {source.weight.key}", source_codes)
 
 
 def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:

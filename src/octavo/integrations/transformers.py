@@ -14,6 +14,7 @@ from transformers.quantizers import auto
 from octavo.checkpoint.accounting import open_ledger
 from octavo.errors import CheckpointError
 from octavo.formats.scheme import is_fp8
+from octavo.integrations.describe import describe
 from octavo.integrations.quantizer import (
     PRIVATE_METHOD,
     OctavoConfig,
@@ -24,7 +25,7 @@ from octavo.integrations.quantizer import (
 )
 from octavo.nn.settings import Settings
 
-__all__ = ["configure", "enabled", "find_checkpoint", "load_model"]
+__all__ = ["configure", "describe", "enabled", "find_checkpoint", "load_model"]
 
 # Everything a model or its tokenizer needs, and no weights in other formats.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]

@@ -1,0 +1,123 @@
+"""``octavo.describe``: per group of layers, how weights are stored, in what scale layout, on which engine, and what trains."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from octavo.nn.experts import OctavoExperts
+from octavo.nn.linear import Float8Linear
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules of one kind that are stored alike: which layers, how many, where and how they compute."""
+
+    module: str
+    layers: str
+    count: int
+    storage: str
+    engine: str
+    numerics: str
+    gigabytes: float
+    trains: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What :func:`describe` found; ``str()`` of it is the table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        header = ("module", "layers", "modules", "storage", "engine", "numerics", "GB", "trains")
+        table = [header] + [
+            (r.module, r.layers, str(r.count), r.storage, r.engine, r.numerics, f"{r.gigabytes:.3f}", f"{r.trains:,}" if r.trains else "-")
+            for r in self.rows
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table)
+
+
+@dataclass(frozen=True)
+class _Key:
+    module: str
+    storage: str
+    engine: str
+    numerics: str
+
+
+def describe(model: nn.Module) -> Description:
+    """The storage, engine and trainable parameters of every module with weights of its own, layers alike in one row.
+
+    ``gigabytes``: decimal, of the module's own parameters. ``trains``: trainable parameters in the module and the adapters around it.
+    """
+    layers: dict[_Key, list[int]] = defaultdict(list)
+    counts: dict[_Key, int] = defaultdict(int)
+    gigabytes: dict[_Key, float] = defaultdict(float)
+    trains: dict[_Key, int] = defaultdict(int)
+    seen: set[int] = set()
+    for name, module in _weighted(model):
+        plain = name.replace(".base_layer", "").replace("base_model.model.", "")
+        key = _Key(_pattern(plain), *_facts(module))
+        counts[key] += 1
+        if layer := re.search(r"\.(\d+)\.", plain):
+            layers[key].append(int(layer.group(1)))
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                gigabytes[key] += parameter.numel() * parameter.element_size() / 1e9
+                trains[key] += parameter.numel() if parameter.requires_grad else 0
+        for parameter in _adapters(model, name):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                trains[key] += parameter.numel()
+    return Description(
+        tuple(
+            Row(key.module, _ranges(layers[key]), count, key.storage, key.engine, key.numerics, gigabytes[key], trains[key])
+            for key, count in counts.items()
+        )
+    )
+
+
+def _weighted(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Modules with parameters of their own that are the model's, not an adapter's."""
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) and ".lora_" not in name:
+            yield name, module
+
+
+def _adapters(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
+    """Trainable parameters of the wrappers around a base layer."""
+    wrapper = name
+    while wrapper.endswith(".base_layer"):
+        wrapper = wrapper.removesuffix(".base_layer")
+        for parameter_name, parameter in model.get_submodule(wrapper).named_parameters():
+            if parameter.requires_grad and not parameter_name.startswith("base_layer."):
+                yield parameter
+
+
+def _facts(module: nn.Module) -> tuple[str, str, str]:
+    if isinstance(module, OctavoExperts):
+        return module.storage_name(), module.settings.resolve().name, module.settings.numerics
+    if isinstance(module, Float8Linear):
+        return f"FP8 {module.layout}", module.settings.resolve().name, module.settings.numerics
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters(recurse=False)})
+    return ", ".join(dtypes), "torch", "-"
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _ranges(layers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "-"
