@@ -24,9 +24,12 @@ _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 # Last parts of keys that quantization tools write. Where the scheme does not claim one of them, nothing would read it.
 _TRACES = frozenset(
-    "weight_scale weight_scale_inv weight_scale_2 qscale_weight weight_global_scale weight_zero_point weight_packed "
-    "weight_shape weight_g_idx input_scale input_scale_ub input_global_scale input_zero_point activation_scale "
-    "output_scale output_zero_point k_scale v_scale q_scale k_zero_point v_zero_point qweight qzeros".split()
+    [
+        *("weight_scale", "weight_scale_inv", "weight_scale_2", "qscale_weight", "weight_global_scale"),
+        *("weight_zero_point", "weight_packed", "weight_shape", "weight_g_idx", "qweight", "qzeros"),
+        *("input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "activation_scale"),
+        *("output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point"),
+    ]
 )
 
 
@@ -179,13 +182,13 @@ class _Sorter:
         elif entry.dtype in _FP8:
             self.problems.add(
                 Kind.STACKED,
-                f"{entry.file.name} has {key!r} {list(entry.shape)} as {entry.dtype}, expected two-dimensional FP8 tensors "
-                "with a name that ends in '.weight'",
+                f"{entry.file.name} has {key!r} {list(entry.shape)} as {entry.dtype}, expected FP8 tensors of two "
+                "dimensions with a name that ends in '.weight'",
             )
         elif last in _TRACES:
             self.problems.add(
                 Kind.UNKNOWN,
-                f"{entry.file.name} has {key!r}, which quant_method {self.scheme.method!r} with this config does not use",
+                f"{entry.file.name} has {key!r}, which method {self.scheme.method!r} with this config does not use",
             )
         else:
             self.plain[key] = entry
@@ -267,5 +270,6 @@ class _Sorter:
                 self.problems.add(Kind.ORPHAN, f"{where}, and '{module}.weight' is in no file")
             else:
                 self.problems.add(
-                    Kind.DTYPE, f"{weight.file.name} has {weight.key!r} as {weight.dtype} with a scale, expected F8_E4M3"
+                    Kind.DTYPE,
+                    f"{weight.file.name} has {weight.key!r} as {weight.dtype} with a scale, expected F8_E4M3",
                 )

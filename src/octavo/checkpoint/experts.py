@@ -88,7 +88,9 @@ def _check_complete(bank: Bank, counts: set[int], problems: Problems) -> bool:
     for expert, held in bank.weights.items():
         if len(held) < len(projections):
             missing = min(projections - held.keys())
-            problems.add(Kind.EXPERTS, f"{bank.module(expert, missing)}.weight is in no file, the other experts have it")
+            problems.add(
+                Kind.EXPERTS, f"{bank.module(expert, missing)}.weight is in no file, the other experts have it"
+            )
             return False
     return True
 
@@ -109,5 +111,6 @@ def _check_alike(bank: Bank, judge: Judge, problems: Problems) -> None:
     for gate, up in _FUSED:
         if gate in layouts and up in layouts and layouts[gate] != layouts[up]:
             problems.add(
-                Kind.PARTIAL, f"{bank.prefix}: {gate} has layout {layouts[gate]} and {up} has {layouts[up]}, which are fused"
+                Kind.PARTIAL,
+                f"{bank.prefix}: {gate} has layout {layouts[gate]} and {up} has {layouts[up]}, which are fused",
             )

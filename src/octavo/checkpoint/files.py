@@ -69,7 +69,9 @@ def _folder_and_files(source: Path | Sequence[Path]) -> tuple[Path, tuple[Path, 
     if folder.suffix == ".safetensors" and folder.is_file():
         return folder.parent, (folder,)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Give the folder that holds {CONFIG} and the safetensors files.")
+        raise CheckpointError(
+            f"{folder} is not a folder. Give the folder that holds {CONFIG} and the safetensors files."
+        )
     return folder, None
 
 
@@ -94,8 +96,8 @@ def _in_folder(folder: Path, config: Mapping[str, Any]) -> Source:
     shards = sorted(folder.glob("*.safetensors"))
     if shards:
         raise CheckpointError(
-            f"{folder} has {len(shards)} safetensors files, first {shards[0].name!r}, and neither {SINGLE} nor {INDEX}. "
-            "Download the index that belongs to them."
+            f"{folder} has {len(shards)} safetensors files, first {shards[0].name!r}, and neither {SINGLE} nor "
+            f"{INDEX}. Download the index that belongs to them."
         )
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -55,13 +54,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises: CheckpointError naming the file, the tensor, and what was found and expected.
     """
     try:
-        size = os.stat(file).st_size
-        with open(file, "rb") as stream:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
                 raise CheckpointError(
-                    f"{file.name} has {size} bytes and says that {length} of them are its header, which cannot be. {_AGAIN}"
+                    f"{file.name} has {size} bytes and says that {length} of them are its header, which cannot be. "
+                    f"{_AGAIN}"
                 )
             text = stream.read(length)
     except OSError as error:
@@ -77,14 +77,16 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def _parse(file: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
-        # Each tensor has this field once, so a key given twice shows as a count that differs. Looking at every pair while
-        # parsing costs as much as the rest of it.
+        # Each tensor has this field once, so a key given twice shows as a count that differs. Looking at every pair
+        # while parsing costs as much as the rest of it.
         if isinstance(header, dict) and text.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
             json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"the header of {file.name} is not JSON ({error}). {_AGAIN}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"the header of {file.name} is a JSON {type(header).__name__}, expected an object. {_AGAIN}")
+        raise CheckpointError(
+            f"the header of {file.name} is a JSON {type(header).__name__}, expected an object. {_AGAIN}"
+        )
     return header
 
 
@@ -99,7 +101,7 @@ def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _are_sizes(numbers: Iterable[object]) -> bool:
     # A loop: `all` over a generator takes three times as long, 75 000 times over. A bool is an int, and no size.
-    for number in numbers:
+    for number in numbers:  # noqa: SIM110
         if type(number) is not int or number < 0:
             return False
     return True
@@ -113,7 +115,7 @@ def _entry(file: Path, key: str, fields: Any, data: int) -> TensorEntry:
         well_formed = False
     if not well_formed:
         raise CheckpointError(
-            f"{file.name}: the header gives {key!r} as {fields!r}, expected a dtype, a shape and two data_offsets. {_AGAIN}"
+            f"{file.name}: the header gives {key!r} as {fields!r}, expected dtype, shape and data_offsets. {_AGAIN}"
         )
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
@@ -122,22 +124,24 @@ def _entry(file: Path, key: str, fields: Any, data: int) -> TensorEntry:
         )
     if (end - start) * 8 != math.prod(shape) * bits:
         raise CheckpointError(
-            f"{file.name}: {key!r} is {dtype} of shape {list(shape)}, which is {math.prod(shape) * bits / 8:g} bytes, and "
-            f"the header gives it {end - start}. {_AGAIN}"
+            f"{file.name}: {key!r} is {dtype} of shape {list(shape)}, {math.prod(shape) * bits / 8:g} bytes, and the "
+            f"header gives it {end - start}. {_AGAIN}"
         )
     return TensorEntry(key, file, dtype, shape, data + start, data + end)
 
 
 def _check_ranges(file: Path, entries: Iterable[TensorEntry], data: int, size: int) -> None:
-    position, before = data, ""
+    position, before = data, "the header"
     for entry in sorted(entries, key=attrgetter("start", "end")):
         if entry.start != position:
             what = "overlaps" if entry.start < position else "leaves a gap after"
             raise CheckpointError(
-                f"{file.name}: {entry.key!r} begins at byte {entry.start} and {what} {repr(before) if before else 'the header'}, which ends at {position}. "
-                f"{_AGAIN}"
+                f"{file.name}: {entry.key!r} begins at byte {entry.start} and {what} {before}, which ends at "
+                f"{position}. {_AGAIN}"
             )
         position, before = entry.end, entry.key
     if position != size:
         found = "is cut off" if position > size else "has bytes that belong to no tensor"
-        raise CheckpointError(f"{file.name} {found}: its header accounts for {position} bytes, the file has {size}. {_AGAIN}")
+        raise CheckpointError(
+            f"{file.name} {found}: its header accounts for {position} bytes, the file has {size}. {_AGAIN}"
+        )

@@ -73,7 +73,9 @@ def read(raw: Mapping[str, Any]) -> QuantScheme:
     if raw.get("transform_config"):
         raise CheckpointError("compressed-tensors with a transform_config (rotated weights) is not read by octavo.")
     _refuse_sparsity(raw.get("sparsity_config"))
-    groups = [_group(name, group, raw) for name, group in fields.mapping(raw.get("config_groups"), "config_groups").items()]
+    groups = [
+        _group(name, group, raw) for name, group in fields.mapping(raw.get("config_groups"), "config_groups").items()
+    ]
     activations = {group.activation for group in groups if group.layout is not None}
     if not activations:
         raise CheckpointError("compressed-tensors: no group of config_groups has weights of type float with 8 bits.")
@@ -105,8 +107,8 @@ def _group(name: str, found: object, raw: Mapping[str, Any]) -> _Group:
         # from names on disk.
         if target != "Linear" and target[:1].isupper():
             raise CheckpointError(
-                f"{where} targets the class {target!r}: octavo reads groups for 'Linear', for module names and for 're:' "
-                "patterns."
+                f"{where} targets the class {target!r}: octavo reads groups for 'Linear', for names and for "
+                "'re:' patterns."
             )
     activation = _activation(where, group.get("input_activations"))
     if group.get("weights") is None:
@@ -119,11 +121,13 @@ def _layout(where: str, weights: Mapping[str, Any], storage: object) -> ScaleLay
     kind, bits = _kind(weights)
     if (kind, bits) != ("float", 8):
         raise CheckpointError(
-            f"{where} has weights of type {kind!r} with num_bits {bits} (format {storage!r}): octavo reads type 'float' "
-            "with num_bits 8."
+            f"{where} has weights of type {kind!r} with num_bits {bits} (format {storage!r}): octavo reads type "
+            "'float' with num_bits 8."
         )
     if storage not in _FORMATS:
-        raise CheckpointError(f"{where} is stored in format {storage!r}: octavo reads {' and '.join(map(repr, _FORMATS))}.")
+        raise CheckpointError(
+            f"{where} is stored in format {storage!r}: octavo reads {' and '.join(map(repr, _FORMATS))}."
+        )
     if not weights.get("symmetric", True):
         raise CheckpointError(f"{where} has asymmetric weights (zero points): octavo reads symmetric ones.")
     strategy = _strategy(weights)
@@ -158,8 +162,8 @@ def _activation(where: str, found: object) -> Activation:
     if strategy == "tensor":
         return "dynamic-tensor" if dynamic is True else "static-tensor"
     raise CheckpointError(
-        f"{where} has input_activations of strategy {strategy!r} with dynamic {dynamic!r}: octavo reads dynamic 'token', "
-        "'group' and 'tensor', and static 'tensor'."
+        f"{where} has input_activations of strategy {strategy!r} with dynamic {dynamic!r}: octavo reads dynamic "
+        "'token', 'group' and 'tensor', and static 'tensor'."
     )
 
 

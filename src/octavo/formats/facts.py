@@ -22,7 +22,9 @@ class ScaleLayout:
 
     def __post_init__(self) -> None:
         if (self.kind == "block") != (self.block is not None):
-            raise ValueError(f"a block size belongs to kind 'block' and to no other, got {self.kind!r} and {self.block}")
+            raise ValueError(
+                f"a block size belongs to kind 'block' and to no other, got {self.kind!r} and {self.block}"
+            )
         if self.block is not None and min(self.block) < 1:
             raise ValueError(f"block sizes are positive, got {self.block}")
 

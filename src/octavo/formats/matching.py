@@ -21,7 +21,7 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise CheckpointError(
-            f"{where} has the pattern {pattern!r}, which is not a regular expression ({error}). Correct it in config.json."
+            f"{where} has the pattern {pattern!r}, not a regular expression ({error}). Correct config.json."
         ) from error
 
 
@@ -55,7 +55,7 @@ class SkipList:
                 self._bare.append(entry)
                 continue
             self._literals[entry] = None
-            head, dot, last = entry.rpartition(".")
+            _, dot, last = entry.rpartition(".")
             if dot:
                 self._suffix_lengths.setdefault(last, set()).add(len(entry))
             else:
@@ -79,7 +79,7 @@ class SkipList:
 
 
 class NameList:
-    """Names as compressed-tensors matches them: the whole name, or ``re:`` and an expression for the name's beginning."""
+    """Names as compressed-tensors matches them: the whole name, or ``re:`` and an expression for its beginning."""
 
     def __init__(self, entries: Iterable[str], where: str) -> None:
         entries = list(dict.fromkeys(entries))

@@ -24,7 +24,7 @@ def declares_fp8(raw: Mapping[str, Any]) -> bool:
 
 
 def from_hf_quant_config(found: object) -> dict[str, Any]:
-    """The ``quantization_config`` that the content of an ``hf_quant_config.json`` amounts to. Raises: CheckpointError."""
+    """The ``quantization_config`` that the content of ``hf_quant_config.json`` amounts to. Raises: CheckpointError."""
     if not isinstance(found, Mapping) or not isinstance(found.get("quantization"), Mapping):
         raise CheckpointError("hf_quant_config.json has no object 'quantization', where ModelOpt writes its settings.")
     return {"quant_method": "modelopt", **found["quantization"]}

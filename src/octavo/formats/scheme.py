@@ -65,4 +65,3 @@ def parse_scheme(config: Mapping[str, Any]) -> QuantScheme | None:
             "Load this checkpoint with plain transformers, or start from its FP8 or bf16 version."
         )
     return _READERS[method](raw)
-

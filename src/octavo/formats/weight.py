@@ -10,6 +10,7 @@ Codes are e4m3fn (OCP 8-bit Floating Point Specification, arXiv 2209.05433): lar
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,8 +49,8 @@ class Float8Weight:
         num_experts, parts, rows, cols = self.codes.shape
         grid = (num_experts, parts, -(-rows // self.block[0]), -(-cols // self.block[1]))
         if tuple(self.scales.shape) != grid:
-            raise ValueError(f"codes {tuple(self.codes.shape)} in blocks {self.block} need scales {grid}, "
-                             f"got {tuple(self.scales.shape)}")  # fmt: skip
+            found = tuple(self.scales.shape)
+            raise ValueError(f"codes {tuple(self.codes.shape)} in blocks {self.block} need scales {grid}, got {found}")
 
     @classmethod
     def from_storage(cls, codes: Tensor, scales: Tensor, *, parts: int = 1, block: tuple[int, int]) -> Float8Weight:
@@ -102,24 +103,25 @@ class Float8Weight:
         if experts is not None:
             codes, scales = codes[experts], scales[experts]
         weight = codes.view(torch.float8_e4m3fn).to(torch.float32)
-        b_n, b_k = self.block
-        if 1 < b_n < self.rows:
-            scales = scales.repeat_interleave(b_n, dim=-2)[..., : self.rows, :]
-        _scale_columns_(weight, scales, b_k)
-        return weight.view(-1, self.out_features, self.in_features).to(dtype)
+        for columns, factors in _column_runs(weight, scales, self.block):
+            columns.mul_(factors)
+        return weight.view(codes.shape[0], self.out_features, self.in_features).to(dtype)
 
 
-def _scale_columns_(weight: Tensor, scales: Tensor, b_k: int) -> None:
-    """Multiplies, in place, each run of ``b_k`` columns with its column of ``scales`` [..., rows or 1, k].
+def _column_runs(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of ``weight`` [..., rows, K], each with the part of ``scales`` [..., n, k] that broadcasts to it.
 
-    Through a view of the whole runs, so that no scale tensor of the weight's size exists.
+    The scales are spread over rows but not over columns, so that no scale tensor of the weight's size exists.
     """
-    full, rest = divmod(weight.shape[-1], b_k)
+    rows, cols = weight.shape[-2:]
+    b_n, b_k = block
+    if 1 < b_n < rows:
+        scales = scales.repeat_interleave(b_n, dim=-2)[..., :rows, :]
+    full, rest = divmod(cols, b_k)
     if full:
-        whole = weight[..., : full * b_k].unflatten(-1, (full, b_k))
-        whole.mul_(scales[..., :full, None])
+        yield weight[..., : full * b_k].unflatten(-1, (full, b_k)), scales[..., :full, None]
     if rest:
-        weight[..., full * b_k :].mul_(scales[..., full:])
+        yield weight[..., full * b_k :], scales[..., full:]
 
 
 def quantize(
@@ -147,22 +149,15 @@ def quantize(
     block = layout.block_of(features // parts, cols)
     amax = _amax(stack, block)
     if not bool(torch.isfinite(amax).all()):
-        raise CheckpointError(f"the weight of shape {tuple(weight.shape)} has NaN or infinite values; FP8 holds neither.")
+        raise CheckpointError(
+            f"the weight of shape {tuple(weight.shape)} has NaN or infinite values; FP8 holds neither."
+        )
     scales = _round_scales(amax / E4M3_MAX, scale_dtype, scale_format)
-    per_row = scales.repeat_interleave(block[0], dim=-2)[..., : features // parts, :] if block[0] > 1 else scales
     scaled = stack.clone()
-    # The reciprocal would round once more; the quotient is the one that a bound of half an ulp holds for.
-    _divide_columns_(scaled, per_row, block[1])
-    codes = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return Float8Weight(codes, scales, block)
-
-
-def _divide_columns_(weight: Tensor, scales: Tensor, b_k: int) -> None:
-    full, rest = divmod(weight.shape[-1], b_k)
-    if full:
-        weight[..., : full * b_k].unflatten(-1, (full, b_k)).div_(scales[..., :full, None])
-    if rest:
-        weight[..., full * b_k :].div_(scales[..., full:])
+    for columns, factors in _column_runs(scaled, scales, block):
+        # Divided: a product with the reciprocal rounds once more, and half an ulp would not bound the error.
+        columns.div_(factors)
+    return Float8Weight(scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales, block)
 
 
 def _amax(stack: Tensor, block: tuple[int, int]) -> Tensor:
@@ -184,7 +179,9 @@ def _round_scales(scales: Tensor, scale_dtype: torch.dtype, scale_format: str) -
     smallest = max(torch.finfo(scale_dtype).tiny, math.ldexp(1.0, _SMALLEST_EXPONENT))
     rounded = scales.clamp(min=smallest).to(scale_dtype).to(torch.float32)
     if not bool(torch.isfinite(rounded).all()):
-        raise CheckpointError(f"a scale of {scales.max().item():.3g} does not fit {scale_dtype}; store scales as float32.")
+        raise CheckpointError(
+            f"a scale of {scales.max().item():.3g} does not fit {scale_dtype}; store scales as float32."
+        )
     return rounded
 
 
