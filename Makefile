@@ -1,0 +1,75 @@
+# Everything a contributor or CI runs. The first call makes the environment it needs with python3 -m venv and pip;
+# later calls find it made, until pyproject.toml or the constraints change.
+
+PYTHON ?= python3
+# Test processes side by side, each with one thread of torch: on two cores faster than one process with two threads.
+JOBS ?= 2
+ARGS ?=
+
+# Nothing here may reach a hub, and every test process keeps to its core.
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal
+
+NEW = .venv/.installed
+LOWEST = .venv-lowest/.installed
+
+.PHONY: help demo test test-full test-lowest check format gpu-test gpu-bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         fine-tune the small FP8 model that ships with octavo"
+	@echo "make test         the tests, on the newest supported versions"
+	@echo "make test-full    the same with the slow ones"
+	@echo "make test-lowest  the integration tests, on the lowest supported versions"
+	@echo "make check        format, lint and types"
+	@echo "make format       put the format right"
+	@echo "make gpu-test     the tests that need a GPU, with this machine's python3 and its packages"
+	@echo "make gpu-bench    time and memory on a GPU, likewise"
+	@echo "make clean        remove environments and caches"
+
+demo: $(NEW)
+	$(OFFLINE) .venv/bin/octavo demo $(ARGS)
+
+test: $(NEW)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTEST) $(ARGS)
+
+test-full: $(NEW)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTEST) -m "not gpu" $(ARGS)
+
+test-lowest: $(LOWEST)
+	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" $(PYTEST) tests/integrations tests/nn tests/test_project.py $(ARGS)
+
+check: $(NEW)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: $(NEW)
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# A GPU machine brings its own torch, built for its driver, so these two install nothing.
+gpu-test:
+	$(OFFLINE) PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+
+gpu-bench:
+	$(OFFLINE) PYTHONPATH=src $(PYTHON) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(NEW): pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,dev)
+
+$(LOWEST): pyproject.toml constraints-lowest.txt
+	$(call install,.venv-lowest,constraints-lowest.txt,test)
+
+# install(FOLDER, CONSTRAINTS, EXTRA)
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "octavo needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[$(3)]'
+	@touch $@
+endef
