@@ -56,7 +56,8 @@ class Float8Target:
 class Claims:
     """What becomes of every tensor: FP8 stacks and layers by owner module, and weights to dequantize at load.
 
-    ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings and output heads.
+    ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings and output
+    heads.
     """
 
     experts: dict[str, dict[str, Float8Target]]
@@ -67,8 +68,9 @@ class Claims:
 def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
     """Hold every key of ``ledger`` against ``model`` (on the meta device).
 
-    Raises :class:`CheckpointError` for a key that nothing claims, a parameter that nothing fills, a wrong shape, a weight that the
-    config declares FP8 and the file holds in another dtype, and FP8 weights that no octavo module can hold.
+    Raises :class:`CheckpointError` for a key that nothing claims, a parameter that nothing fills, a wrong shape, a
+    weight that the config declares FP8 and the file holds in another dtype, and FP8 weights that no octavo module can
+    hold.
     """
     names = _Names(ledger, model)
     parameters: dict[str, Tensor] = model.state_dict()
@@ -140,7 +142,8 @@ def _refuse_unknown(ledger: Ledger, model: PreTrainedModel, unknown: list[Tensor
         count = f"one of {len(left)} such tensors, " if len(left) > 1 else ""
         _fail(
             left[0],
-            f"({count}{left[0].dtype} {list(left[0].shape)}) belongs to no parameter of {type(model).__name__}, and neither the config nor the "
+            f"({count}{left[0].dtype} {list(left[0].shape)}) belongs to no parameter of {type(model).__name__}, and "
+            f"neither the config nor the "
             "model class names it as unused. Check that config.json is this checkpoint's own.",
         )
 
@@ -158,7 +161,8 @@ def _refuse_missing(ledger: Ledger, model: PreTrainedModel, filled: set[str], pa
         raise CheckpointError(
             f"No tensor in the {files} fills {missing[0]!r}"
             + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
-            + f" of {type(model).__name__}; transformers would have initialised it at random. Download the checkpoint again. {INSPECT}"
+            + f" of {type(model).__name__}; transformers would have initialised it at random. "
+            f"Download the checkpoint again. {INSPECT}"
         )
 
 
@@ -181,7 +185,8 @@ def _check_shapes(
             if total != _numel(shape):
                 _fail(
                     filled[0],
-                    f"and {len(filled) - 1} more are stacked into {target!r} of shape {list(shape)}: they hold {total} values, expected "
+                    f"and {len(filled) - 1} more are stacked into {target!r} of shape {list(shape)}: they hold "
+                    f"{total} values, expected "
                     f"{_numel(shape)}.",
                 )
 
@@ -212,7 +217,8 @@ def _check_declared(ledger: Ledger, model: PreTrainedModel, plain: dict[str, lis
             if ledger.scheme.layout_of(name) is not None:
                 _fail(
                     entry,
-                    f"is {entry.dtype}, and the config declares it FP8 ({ledger.scheme.why(name)}). If it was left unquantized on "
+                    f"is {entry.dtype}, and the config declares it FP8 ({ledger.scheme.why(name)}). If it was left "
+                    f"unquantized on "
                     "purpose, name it in the config's ignore list.",
                 )
 
@@ -238,16 +244,23 @@ def _sort_targets(
         if name in plain:
             _fail(
                 plain[name][0],
-                f"is {plain[name][0].dtype} while {sources[0].weight.key!r} is FP8, and both are stacked into {name!r}: experts of one layer are quantized "
+                f"is {plain[name][0].dtype} while {sources[0].weight.key!r} is FP8, and both are stacked into "
+                f"{name!r}: experts of one layer are quantized "
                 "all or none.",
             )
         layouts = {source.layout for source in sources}
         if len(layouts) > 1:
-            _fail(sources[0].weight, f"shares {name!r} with weights of another scale layout: {', '.join(map(str, layouts))}.")
+            _fail(
+                sources[0].weight,
+                f"shares {name!r} with weights of another scale layout: {', '.join(map(str, layouts))}.",
+            )
         target = Float8Target(name, sources[0].layout, names.stacked(sources))
         converter = names.converter_of.get(name)
         if converter is not None and not _stacks(converter):
-            _fail(sources[0].weight, f"is FP8, and {type(model).__name__} rearranges it while loading ({converter.operations}).")
+            _fail(
+                sources[0].weight,
+                f"is FP8, and {type(model).__name__} rearranges it while loading ({converter.operations}).",
+            )
         if len({source.activation is None for source in sources}) > 1:
             _fail(sources[0].weight, f"has a static activation scale and others stacked into {name!r} have none.")
         owner = model.get_submodule(target.owner)
@@ -260,12 +273,19 @@ def _sort_targets(
         elif type(owner) is nn.Linear and len(sources) == 1:
             claims.linears[target.owner] = target
         else:
-            _fail(sources[0].weight, f"is FP8 and fills {name!r} of a {type(owner).__name__}, which octavo has no FP8 storage for.")
+            _fail(
+                sources[0].weight,
+                f"is FP8 and fills {name!r} of a {type(owner).__name__}, which octavo has no FP8 storage for.",
+            )
     for owner_name, stacks in claims.experts.items():
         layout = experts_layout(model.get_submodule(owner_name))
         assert layout is not None
         for name in layout.names:
             if name not in stacks:
                 some = next(iter(stacks.values())).sources[0].weight
-                _fail(some, f"is FP8 while {owner_name}.{name} is not: an experts layer is quantized in all its projections or in none.")
+                _fail(
+                    some,
+                    f"is FP8 while {owner_name}.{name} is not: an experts layer is quantized in all its projections "
+                    f"or in none.",
+                )
     return claims

@@ -1,4 +1,6 @@
-"""Weight conversions that run inside transformers' loader: scales of any stored form to one grid of multipliers, and back on save."""
+"""Weight conversions that run inside transformers' loader: scales of any stored form to one grid of multipliers, and
+back on save.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +19,17 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def as_grid(scale: Tensor) -> Tensor:
-    """A scale as stored, as a 2-D grid of float32 multipliers: ``[]`` and ``[1]`` become [1, 1], ``[N]`` becomes [N, 1]."""
+    """A scale as stored, as a 2-D grid of float32 multipliers: ``[]`` and ``[1]`` become [1, 1], ``[N]`` becomes [N,
+    1].
+    """
     scale = multipliers(scale)
     return scale.reshape(-1, 1) if scale.ndim < 2 else scale
 
 
 def as_stored(grid: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of :func:`as_grid` for a file's safetensors ``dtype`` and ``shape``; exact, because that is where it came from."""
+    """The inverse of :func:`as_grid` for a file's safetensors ``dtype`` and ``shape``; exact, because that is where
+    it came from.
+    """
     if dtype in ("F8_E8M0", "U8"):
         # a power of two: the exponent field is the byte
         stored = (grid.contiguous().view(torch.int32) >> 23).to(torch.uint8)
@@ -134,9 +140,7 @@ class FromDense(ConversionOps):  # type: ignore[misc]
         return ToDense(self.target, self.dtype)
 
 
-def with_scales(
-    conversions: list[Any], parameters: set[str], suffixes: Mapping[str, str], ledger: Ledger
-) -> list[Any]:
+def with_scales(conversions: list[Any], parameters: set[str], suffixes: Mapping[str, str], ledger: Ledger) -> list[Any]:
     """The model's ``conversions`` plus a copy of each stacking converter per kind of scale.
 
     ``suffixes``: last part of an on-disk key (``weight_scale_inv``) to what the stack's parameter is called beside it
@@ -165,9 +169,10 @@ def with_scales(
 
 def linear_scales(suffixes: Mapping[str, str], ledger: Ledger) -> list[Any]:
     """Converters for the scales of linear layers: ``<layer>.weight_scale_inv`` → ``<layer>.weight_scale``."""
-    return [WeightConverter([f".{on_disk}"], [f".{name}"], [ToGrid(ledger, alone=True)]) for on_disk, name in suffixes.items()]
-
-
+    return [
+        WeightConverter([f".{on_disk}"], [f".{name}"], [ToGrid(ledger, alone=True)])
+        for on_disk, name in suffixes.items()
+    ]
 
 
 def order_for_saving(model: PreTrainedModel) -> None:

@@ -1,4 +1,6 @@
-"""``octavo.describe``: per group of layers, how weights are stored, in what scale layout, on which engine, and what trains."""
+"""``octavo.describe``: per group of layers, how weights are stored, in what scale layout, on which engine, and what
+trains.
+"""
 
 import re
 from collections import defaultdict
@@ -34,11 +36,22 @@ class Description:
     def __str__(self) -> str:
         header = ("module", "layers", "modules", "storage", "engine", "numerics", "GB", "trains")
         table = [header] + [
-            (r.module, r.layers, str(r.count), r.storage, r.engine, r.numerics, f"{r.gigabytes:.3f}", f"{r.trains:,}" if r.trains else "-")
+            (
+                r.module,
+                r.layers,
+                str(r.count),
+                r.storage,
+                r.engine,
+                r.numerics,
+                f"{r.gigabytes:.3f}",
+                f"{r.trains:,}" if r.trains else "-",
+            )
             for r in self.rows
         ]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,8 @@ class _Key:
 def describe(model: nn.Module) -> Description:
     """The storage, engine and trainable parameters of every module with weights of its own, layers alike in one row.
 
-    ``gigabytes``: decimal, of the module's own parameters. ``trains``: trainable parameters in the module and the adapters around it.
+    ``gigabytes``: decimal, of the module's own parameters. ``trains``: trainable parameters in the module and the
+    adapters around it.
     """
     layers: dict[_Key, list[int]] = defaultdict(list)
     counts: dict[_Key, int] = defaultdict(int)
@@ -76,7 +90,16 @@ def describe(model: nn.Module) -> Description:
                 trains[key] += parameter.numel()
     return Description(
         tuple(
-            Row(key.module, _ranges(layers[key]), count, key.storage, key.engine, key.numerics, gigabytes[key], trains[key])
+            Row(
+                key.module,
+                _ranges(layers[key]),
+                count,
+                key.storage,
+                key.engine,
+                key.numerics,
+                gigabytes[key],
+                trains[key],
+            )
             for key, count in counts.items()
         )
     )

@@ -12,7 +12,6 @@ from transformers.integrations import moe
 from octavo.nn.experts import ExpertsLayout
 from octavo.ops.gates import SWIGLU, Gate, ModelGate
 
-
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 

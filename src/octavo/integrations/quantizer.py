@@ -1,8 +1,8 @@
 """octavo's quantizer for transformers' own loader: storage instead of expansion, accounting before the first byte.
 
-``preprocess_model`` gets the empty model and the files: the ledger is opened, every key is claimed, and the modules that will hold
-FP8 are swapped on the meta device. The stock loader then streams tensors and stacks codes and scales. Afterwards codes
-and scales are sealed and their values checked where they lie, without a second pass over the disk.
+``preprocess_model`` gets the empty model and the files: the ledger is opened, every key is claimed, and the modules
+that will hold FP8 are swapped on the meta device. The stock loader then streams tensors and stacks codes and scales.
+Afterwards codes and scales are sealed and their values checked where they lie, without a second pass over the disk.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -85,7 +86,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float32:
             logger.warning(
-                "Loading an FP8 checkpoint with dtype float32: activations and everything unquantized take twice the memory of bfloat16. "
+                "Loading an FP8 checkpoint with dtype float32: activations and everything unquantized take twice the "
+                "memory of bfloat16. "
                 "Pass dtype=torch.bfloat16 unless you mean it (trl loads a path in float32 by default)."
             )
         self._dtype = dtype
@@ -95,7 +97,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
-            raise CheckpointError("octavo loads FP8 weights from files; a state_dict without files cannot be accounted for.")
+            raise CheckpointError(
+                "octavo loads FP8 weights from files; a state_dict without files cannot be accounted for."
+            )
         self._ledger = open_ledger([Path(file) for file in checkpoint_files])
         self._claims = claim(self.ledger, model)
         for name, stacks in self.claims.experts.items():
@@ -129,19 +133,26 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         _load_shards_locally(linear)
         return linear
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
-        """Add the scales' conversions. ``model`` came with transformers 5.21; the claims already hold what it is asked for."""
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Add the scales' conversions. ``model`` came with transformers 5.21; the claims already hold what it is
+        asked for.
+        """
         dense = []
         for name, target in self.claims.dequantized.items():
             source = target.sources[0]
             dense.append(
-                conversions.WeightConverter(
+                WeightConverter(
                     [source.weight.key, source.scale.key], [name], [conversions.ToDense(target, self._dtype)]
                 )
             )
         scales, activations = self._suffixes()
         parameters = {
-            f"{owner}.{stack}{suffix}" for owner, stacks in self.claims.experts.items() for stack in stacks for suffix in ("_scale", "_input_scale")
+            f"{owner}.{stack}{suffix}"
+            for owner, stacks in self.claims.experts.items()
+            for stack in stacks
+            for suffix in ("_scale", "_input_scale")
         }
         stacked = conversions.with_scales(
             weight_conversions,
@@ -172,14 +183,18 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _finish_plain_experts(self, model: PreTrainedModel) -> None:
-        """Give unquantized stacks of a mixed checkpoint the model's dtype: before 5.21 the loader leaves what it stacks in the file's."""
+        """Give unquantized stacks of a mixed checkpoint the model's dtype: before 5.21 the loader leaves what it
+        stacks in the file's.
+        """
         for module in model.modules():
             if isinstance(module, DenseExperts):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(self._dtype)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Shard scales like their weights; a scale whose rows are whole cannot be cut along them, so it is replicated."""
+        """Shard scales like their weights; a scale whose rows are whole cannot be cut along them, so it is
+        replicated.
+        """
         from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
         for name, parameter in model.named_parameters():
@@ -249,7 +264,11 @@ def _name_culprit(target: Float8Target, codes: Tensor, scales: Tensor) -> None:
         num_experts = codes.shape[0]
         parts = len(target.sources) // num_experts
         pieces = [
-            (target.sources[part * num_experts + expert], codes[expert].chunk(parts)[part], scales[expert].chunk(parts)[part])
+            (
+                target.sources[part * num_experts + expert],
+                codes[expert].chunk(parts)[part],
+                scales[expert].chunk(parts)[part],
+            )
             for expert in range(num_experts)
             for part in range(parts)
         ]
@@ -259,7 +278,9 @@ def _name_culprit(target: Float8Target, codes: Tensor, scales: Tensor) -> None:
 
 
 def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:
-    """Put unquantized experts on octavo's forward; returns the names of those that stay on the model's own, with the reason."""
+    """Put unquantized experts on octavo's forward; returns the names of those that stay on the model's own, with the
+    reason.
+    """
     left = []
     for name, module in model.named_modules():
         layout = experts_layout(module)
@@ -273,10 +294,11 @@ def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:
 
 
 def configure(model: nn.Module, *, numerics: str | None = None, engine: str | None = None) -> nn.Module:
-    """Change how a loaded model computes: ``numerics`` (exact, fp8_grad, fp8) and ``engine``; ``None`` leaves one as it is.
+    """Change how a loaded model computes: ``numerics`` (exact, fp8_grad, fp8) and ``engine``; ``None`` leaves one as
+    it is.
 
-    Works under peft wrappers too. Experts of a plain model that plain transformers loaded are put on octavo's forward first.
-    Returns ``model``. Raises :class:`octavo.errors.EngineError` before anything changes.
+    Works under peft wrappers too. Experts of a plain model that plain transformers loaded are put on octavo's forward
+    first. Returns ``model``. Raises :class:`octavo.errors.EngineError` before anything changes.
     """
     ours = [module for module in model.modules() if isinstance(module, OctavoExperts | Float8Linear)]
     before = ours[0].settings if ours else Settings()

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 
@@ -45,12 +50,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model with its FP8 weights kept in FP8; plain checkpoints load as in transformers.
 
-    ``path_or_id``: a folder, or a hub id (downloaded with progress at ``revision``, with ``token``). ``numerics``: exact, fp8_grad or fp8.
-    ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts. ``dtype``: of activations and of
-    everything unquantized. ``device_map``: as in transformers; ``None`` places the model on the current accelerator, or the CPU.
+    ``path_or_id``: a folder, or a hub id (downloaded with progress at ``revision``, with ``token``). ``numerics``:
+    exact, fp8_grad or fp8.
+    ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts. ``dtype``: of
+    activations and of everything unquantized. ``device_map``: as in transformers; ``None`` places the model on the
+    current accelerator, or the CPU.
 
-    Every tensor of the checkpoint is accounted for before a byte is read, and every scale and code is checked once loaded.
-    No global state of transformers changes.
+    Every tensor of the checkpoint is accounted for before a byte is read, and every scale and code is checked once
+    loaded. No global state of transformers changes.
 
     Raises :class:`octavo.errors.CheckpointError`, with nothing left loaded, and :class:`octavo.errors.EngineError`.
     """
@@ -61,7 +68,8 @@ def load_model(
     if ledger.scheme is not None:
         if engine == "stock":
             raise CheckpointError(
-                f"{folder.name} holds FP8 weights, and engine='stock' is for unquantized models: transformers' own FP8 experts take no LoRA. "
+                f"{folder.name} holds FP8 weights, and engine='stock' is for unquantized models: transformers' own "
+                f"FP8 experts take no LoRA. "
                 "Leave engine at 'auto'."
             )
         _register_private()
@@ -99,17 +107,24 @@ def find_checkpoint(
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{folder} is a file, and a checkpoint is a folder with config.json and safetensors files.")
+        raise CheckpointError(
+            f"{folder} is a file, and a checkpoint is a folder with config.json and safetensors files."
+        )
     try:
         return Path(
             snapshot_download(
-                str(path_or_id), revision=revision, token=token, allow_patterns=_FILES, local_files_only=local_files_only
+                str(path_or_id),
+                revision=revision,
+                token=token,
+                allow_patterns=_FILES,
+                local_files_only=local_files_only,
             )
         )
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
             f"{str(path_or_id)!r} is neither a folder nor a hub repository that could be found here"
-            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}). Check the spelling, the token, and the network."
+            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}). Check the spelling, the "
+            f"token, and the network."
         ) from error
 
 
@@ -136,8 +151,8 @@ def _register_private() -> None:
 def enabled(*, numerics: str = "exact", engine: str = "auto") -> Iterator[None]:
     """Inside the block, plain ``from_pretrained`` keeps FP8 weights in FP8; afterwards transformers is as it was.
 
-    For code that loads by itself. Checkpoints that are not FP8 go to the stock quantizer, or to none. A model loaded without quantization keeps
-    transformers' own experts; ``octavo.configure(model)`` moves them to octavo's forward.
+    For code that loads by itself. Checkpoints that are not FP8 go to the stock quantizer, or to none. A model loaded
+    without quantization keeps transformers' own experts; ``octavo.configure(model)`` moves them to octavo's forward.
     """
     settings = Settings(numerics, engine)
     before = dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING), dict(auto.AUTO_QUANTIZER_MAPPING)
@@ -147,7 +162,9 @@ def enabled(*, numerics: str = "exact", engine: str = "auto") -> Iterator[None]:
     try:
         yield
     finally:
-        for mapping, old in zip((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING), before, strict=True):
+        for mapping, old in zip(
+            (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING), before, strict=True
+        ):
             mapping.clear()
             mapping.update(old)
 
@@ -162,7 +179,10 @@ def _config_factory(stock: Any, settings: Settings) -> Any:
                 config = OctavoConfig(config_dict, settings, registered_as=config_dict["quant_method"])
                 return (config, kwargs) if return_unused_kwargs else config
             if stock is None:
-                raise CheckpointError(f"quant_method {config_dict.get('quant_method')!r} of this kind is read neither by octavo nor by transformers.")
+                raise CheckpointError(
+                    f"quant_method {config_dict.get('quant_method')!r} of this kind is read neither by octavo nor by "
+                    f"transformers."
+                )
             return stock.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     return Config

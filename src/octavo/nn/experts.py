@@ -1,7 +1,7 @@
 """Experts of a transformers model on octavo's forward: a mixin over the model's own experts class.
 
-The class of a live module becomes a subclass of ``(Float8Experts or DenseExperts, its own class)``, so its gate, flags, names and
-parallel plans survive; only the storage of the stacks and the forward change.
+The class of a live module becomes a subclass of ``(Float8Experts or DenseExperts, its own class)``, so its gate,
+flags, names and parallel plans survive; only the storage of the stacks and the forward change.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,8 @@ from octavo.ops.weights import WeightSpec
 class ExpertsLayout:
     """Facts about an experts class, as its decorator in transformers declares them.
 
-    ``up_name``: ``gate_up_proj`` (parts 2) or, without a gate, ``up_proj`` (parts 1). ``transposed``: stacks are [E, in, out].
+    ``up_name``: ``gate_up_proj`` (parts 2) or, without a gate, ``up_proj`` (parts 1). ``transposed``: stacks are [E,
+    in, out].
     """
 
     up_name: str
@@ -42,7 +43,9 @@ class ExpertsLayout:
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One adapter on one stack: ``A_ERK`` [E, r, in], ``B_ENR`` [E, out, r] and its scaling, as views of peft's own parameters."""
+    """One adapter on one stack: ``A_ERK`` [E, r, in], ``B_ENR`` [E, out, r] and its scaling, as views of peft's own
+    parameters.
+    """
 
     A_ERK: Tensor
     B_ENR: Tensor
@@ -135,7 +138,8 @@ class Float8Experts(OctavoExperts):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Experts":
         sealed = [*self.experts_layout.names, *self.scale_names]
-        return super()._apply(storage.apply_guarded(self, sealed, fn), recurse)
+        super()._apply(storage.apply_guarded(self, sealed, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class DenseExperts(OctavoExperts):
@@ -186,7 +190,12 @@ def adopt_float8(
     ``scale_layouts``: by stack name. ``static_inputs``: stacks whose checkpoint has static activation scales.
     """
     adopted = cast(Float8Experts, _become(module, Float8Experts))
-    adopted.experts_layout, adopted.gate, adopted.settings, adopted.scale_layouts = layout, gate, settings, scale_layouts
+    adopted.experts_layout, adopted.gate, adopted.settings, adopted.scale_layouts = (
+        layout,
+        gate,
+        settings,
+        scale_layouts,
+    )
     for name in layout.names:
         num_experts, rows, columns = adopted.get_parameter(name).shape
         parts = layout.parts if name == layout.up_name else 1
@@ -196,4 +205,3 @@ def adopt_float8(
         if name in static_inputs:
             storage.declare(adopted, f"{name}_input_scale", (num_experts, parts, 1), torch.float32)
     return adopted
-

@@ -15,12 +15,19 @@ from octavo.ops.weights import WeightSpec
 class Float8Linear(nn.Linear):
     """``y = x · (codes × scales)ᵀ + bias`` with frozen E4M3 codes.
 
-    ``weight`` [out, in] holds codes (uint8), ``weight_scale`` their grid (float32 bits in int32), ``input_scale`` a static activation scale
-    where the checkpoint has one. Output in the dtype of the input, or of autocast.
+    ``weight`` [out, in] holds codes (uint8), ``weight_scale`` their grid (float32 bits in int32), ``input_scale`` a
+    static activation scale where the checkpoint has one. Output in the dtype of the input, or of autocast.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, layout: ScaleLayout, bias: bool, static_input: bool, settings: Settings
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        layout: ScaleLayout,
+        bias: bool,
+        static_input: bool,
+        settings: Settings,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.layout, self.settings = in_features, out_features, layout, settings
@@ -46,16 +53,19 @@ class Float8Linear(nn.Linear):
         storage.refuse_parametrization(self)
         storage.check_codes_dtype(self, "weight", self.weight)
         x = autocast(x)
-        scales = storage.opened_scales(self.weight_scale)
+        scales = storage.opened_scales(self.get_parameter("weight_scale"))
         y = float8_linear(x, self.weight, scales, self.spec, self.settings.resolve())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``codes × scales`` [out, in], rounded once to ``dtype``."""
-        return self.spec.assemble(self.weight, storage.opened_scales(self.weight_scale)).dequantize(dtype)[0]
+        return self.spec.assemble(self.weight, storage.opened_scales(self.get_parameter("weight_scale"))).dequantize(
+            dtype
+        )[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Linear":
-        return super()._apply(storage.apply_guarded(self, ["weight", *self.scale_names], fn), recurse)
+        super()._apply(storage.apply_guarded(self, ["weight", *self.scale_names], fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, FP8 {self.layout}, {self.settings}"

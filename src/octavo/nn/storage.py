@@ -1,7 +1,8 @@
 """How codes and scales live in a module: one-byte codes as uint8 and float32 scales as int32, frozen parameters.
 
 Integer parameters survive ``model.to(dtype)``, FSDP2's mixed precision, DDP, and peft's habit of creating adapters in
-the dtype of the base; float8 and float32 ones survive none of these. Not buffers: DDP broadcasts buffers in each forward.
+the dtype of the base; float8 and float32 ones survive none of these. Not buffers: DDP broadcasts buffers in each
+forward.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,9 @@ def seal(module: nn.Module, codes: list[str], scales: list[str]) -> None:
         for name in names:
             parameter = module.get_parameter(name)
             if parameter.dtype not in (loaded, stored):
-                raise OctavoError(f"{name} of {type(module).__name__} holds {parameter.dtype} after loading, expected {loaded}.")
+                raise OctavoError(
+                    f"{name} of {type(module).__name__} holds {parameter.dtype} after loading, expected {loaded}."
+                )
             module.register_parameter(name, nn.Parameter(parameter.data.view(stored), requires_grad=False))
 
 
@@ -43,8 +46,10 @@ def check_codes_dtype(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` holds one-byte codes: a cast would have lost the scale."""
     if tensor.dtype not in (torch.uint8, CODES):
         raise OctavoError(
-            f"{name} of {type(module).__name__} holds {tensor.dtype} instead of one-byte FP8 codes, so its scales no longer "
-            "apply. Something replaced or cast the frozen weight after loading; load the model again and leave frozen parameters alone."
+            f"{name} of {type(module).__name__} holds {tensor.dtype} instead of one-byte FP8 codes, so its scales no "
+            f"longer "
+            "apply. Something replaced or cast the frozen weight after loading; load the model again and leave "
+            "frozen parameters alone."
         )
 
 
@@ -53,8 +58,10 @@ def refuse_parametrization(module: nn.Module) -> None:
     if "parametrizations" in module._modules:
         names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
         raise AdapterError(
-            f"{names} of {type(module).__name__} carries a torch parametrization, which would be added to raw FP8 codes. "
-            "Use peft's LoRA (octavo.lora_config makes a configuration); octavo hands its factors to the forward instead."
+            f"{names} of {type(module).__name__} carries a torch parametrization, which would be added to raw FP8 "
+            f"codes. "
+            "Use peft's LoRA (octavo.lora_config makes a configuration); octavo hands its factors to the forward "
+            "instead."
         )
 
 

@@ -1,8 +1,8 @@
 """Products by dequantizing the active experts, a bounded chunk at a time, into the dtype of the activations.
 
-The buffer is at most :data:`CHUNK_BYTES`; a whole bank is never built and nothing dequantized outlives the product. A weight is
-rounded once, from float32 to the dtype of the activations (E4M3 codes themselves are exact in bfloat16). Operands are in that dtype, sums in
-float32.
+The buffer is at most :data:`CHUNK_BYTES`; a whole bank is never built and nothing dequantized outlives the product. A
+weight is rounded once, from float32 to the dtype of the activations (E4M3 codes themselves are exact in bfloat16).
+Operands are in that dtype, sums in float32.
 """
 
 import torch
@@ -16,7 +16,8 @@ CHUNK_BYTES = 400_000_000
 
 
 def grouped_product(x_MK: Tensor, weight: Weight, ends: list[int], *, transposed: bool) -> Tensor:
-    """``y_m = x_m · W_{e(m)}ᵀ``, or ``x_m · W_{e(m)}`` when ``transposed``, for rows sorted by expert; zero past the last end.
+    """``y_m = x_m · W_{e(m)}ᵀ``, or ``x_m · W_{e(m)}`` when ``transposed``, for rows sorted by expert; zero past the
+    last end.
 
     ``x_MK`` [M, in] (or [M, out] when ``transposed``) of any float dtype; ``ends``: the end of each expert's rows.
     """
@@ -34,7 +35,9 @@ def grouped_product(x_MK: Tensor, weight: Weight, ends: list[int], *, transposed
 
 
 def dense_product(x_MK: Tensor, bank_EKN: Tensor, ends: list[int]) -> Tensor:
-    """``x_m · bank_{e(m)}``, all rows covered by ``ends``: one grouped product where the device has it, else one each."""
+    """``x_m · bank_{e(m)}``, all rows covered by ``ends``: one grouped product where the device has it, else one
+    each.
+    """
     if has_grouped_mm(x_MK, bank_EKN):
         offsets = torch.tensor(ends, dtype=torch.int32, device=x_MK.device)
         return F.grouped_mm(x_MK.contiguous(), bank_EKN, offs=offsets)

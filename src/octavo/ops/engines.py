@@ -1,15 +1,16 @@
 """Engines: ways to compute one numerics mode. A few stage verbs, chosen once in forward and reused in backward.
 
-An engine's verbs are the stages of an expert MLP, not a bare product, because a fast engine gathers in its loads, folds LoRA
-into its accumulator and applies the gate in its epilogue. :class:`ProductEngine` builds the stages from grouped products; it serves the
-two engines that run anywhere.
+An engine's verbs are the stages of an expert MLP, not a bare product, because a fast engine gathers in its loads,
+folds LoRA into its accumulator and applies the gate in its epilogue. :class:`ProductEngine` builds the stages from
+grouped products; it serves the two engines that run anywhere.
 
-Legend: ``T`` tokens, ``M`` rows sorted by expert, ``H`` hidden, ``G`` width of the up product (2I with a gate), ``I`` expert
-intermediate size, ``R`` LoRA rank.
+Legend: ``T`` tokens, ``M`` rows sorted by expert, ``H`` hidden, ``G`` width of the up product (2I with a gate), ``I``
+expert intermediate size, ``R`` LoRA rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -45,39 +46,6 @@ class ProjectionGrads:
     lora_B: Tensor | None
 
 
-class Engine(Protocol):
-    """Computes the stages of an expert MLP and the products of a linear layer."""
-
-    @property
-    def name(self) -> str: ...
-
-    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``z = x·Wᵀ + b + x·Aᵀ·Bᵀ`` and ``h = gate(z)`` per routed row: (z_MG, h_MI, x·A [M, R]), all in ``x.dtype``."""
-        ...
-
-    def down(
-        self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection
-    ) -> tuple[Tensor, Tensor | None]:
-        """``y_t = Σ_k p_tk · (h·Wᵀ + b + h·Aᵀ·Bᵀ)``: (y_TH, h·A [M, R])."""
-        ...
-
-    def down_backward(
-        self, dy_TH: Tensor, h_MI: Tensor, ha_MR: Tensor | None, p_M: Tensor, routing: Routing, down: Projection, wants: "Wants"
-    ) -> tuple[Tensor, Tensor, ProjectionGrads]:
-        """(dh_MI, dp_M in float32 or wider, the projection's gradients)."""
-        ...
-
-    def up_backward(
-        self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: "Wants"
-    ) -> tuple[Tensor | None, ProjectionGrads]:
-        """(dx_TH, the projection's gradients)."""
-        ...
-
-    def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
-        """``x · Wᵀ``, or ``x · W`` when ``transposed``, in the dtype of ``x``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Wants:
     """Which gradients of a stage are needed."""
@@ -88,12 +56,55 @@ class Wants:
     lora: bool
 
 
+class Engine(Protocol):
+    """Computes the stages of an expert MLP and the products of a linear layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``z = x·Wᵀ + b + x·Aᵀ·Bᵀ`` and ``h = gate(z)`` per routed row: (z_MG, h_MI, x·A [M, R]), all in
+        ``x.dtype``.
+        """
+        ...
+
+    def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
+        """``y_t = Σ_k p_tk · (h·Wᵀ + b + h·Aᵀ·Bᵀ)``: (y_TH, h·A [M, R])."""
+        ...
+
+    def down_backward(
+        self,
+        dy_TH: Tensor,
+        z_MG: Tensor,
+        ha_MR: Tensor | None,
+        p_M: Tensor,
+        routing: Routing,
+        down: Projection,
+        gate: Gate,
+        wants: Wants,
+    ) -> tuple[Tensor, Tensor, ProjectionGrads]:
+        """(dz_MG through the gate, dp_M in float32 or wider, the projection's gradients); ``h`` is computed again
+        from ``z``.
+        """
+        ...
+
+    def up_backward(
+        self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: Wants
+    ) -> tuple[Tensor | None, ProjectionGrads]:
+        """(dx_TH, the projection's gradients)."""
+        ...
+
+    def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
+        """``x · Wᵀ``, or ``x · W`` when ``transposed``, in the dtype of ``x``."""
+        ...
+
+
 @dataclass(frozen=True)
 class ProductEngine:
     """Stages built from grouped products: gather, product, add, gate, combine.
 
-    ``wide``: every operand and intermediate of a stage is float32 (float64 for float64 input), rounded once at its end; else
-    everything is in the dtype of the activations.
+    ``wide``: every operand and intermediate of a stage is float32 (float64 for float64 input), rounded once at its
+    end; else everything is in the dtype of the activations.
     """
 
     name: str
@@ -107,15 +118,15 @@ class ProductEngine:
         if isinstance(weight, Float8Weight):
             codes, scales = storage(weight)
             parts, block = weight.parts, list(weight.block)
-            return operators.grouped_product(
+            return _grouped_product(
                 x_MK, codes, scales, routing.offsets_E, parts, block, False, transposed, self.name, self.numerics
             )
-        return operators.grouped_product(
+        return _grouped_product(
             x_MK, weight.weight_ENK, None, routing.offsets_E, 1, [1, 1], False, transposed, self.name, self.numerics
         )
 
     def _skinny(self, x_MK: Tensor, factor: Tensor, routing: Routing, *, transposed: bool = False) -> Tensor:
-        return operators.grouped_product(
+        return _grouped_product(
             x_MK, factor.to(x_MK.dtype), None, routing.offsets_E, 1, [1, 1], False, transposed, self.name, "exact"
         )
 
@@ -129,19 +140,23 @@ class ProductEngine:
             y_MN = y_MN + _per_row(side.bias, routing).to(y_MN.dtype)
         return y_MN, xa_MR
 
+    def _product_transposed(self, dy_MN: Tensor, side: Projection, routing: Routing) -> Tensor:
+        """``dy · (W + BA)``."""
+        dx_MK = self._product(dy_MN, side.weight, routing, transposed=True)
+        if side.lora is None:
+            return dx_MK
+        yb_MR = self._skinny(dy_MN, side.lora.B_ENR, routing, transposed=True)
+        return dx_MK + self._skinny(yb_MR, side.lora.A_ERK, routing, transposed=True)
+
     def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
         dtype, compute = x_TH.dtype, self._compute(x_TH.dtype)
         z_MG, xa_MR = self._project(x_TH[routing.token_M].to(compute), up, routing)
         z_MG = z_MG.to(dtype)
-        return z_MG, self.gate(z_MG, gate), None if xa_MR is None else xa_MR.to(dtype)
+        return z_MG, self._gate(z_MG, gate), None if xa_MR is None else xa_MR.to(dtype)
 
-    def gate(self, z_MG: Tensor, gate: Gate) -> Tensor:
-        """``h = gate(z)`` from the rounded ``z``, so that backward can compute the same ``h`` again."""
+    def _gate(self, z_MG: Tensor, gate: Gate) -> Tensor:
+        """``h = gate(z)`` from the rounded ``z``, so that backward computes the same ``h`` again."""
         return gate.forward(z_MG.to(self._compute(z_MG.dtype))).to(z_MG.dtype)
-
-    def gate_backward(self, z_MG: Tensor, dh_MI: Tensor, gate: Gate) -> Tensor:
-        compute = self._compute(z_MG.dtype)
-        return gate.backward(z_MG.to(compute), dh_MI.to(compute)).to(z_MG.dtype)
 
     def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
         dtype = h_MI.dtype
@@ -149,25 +164,30 @@ class ProductEngine:
         return combine(y_MH, routing, p_TK, dtype), None if ha_MR is None else ha_MR.to(dtype)
 
     def down_backward(
-        self, dy_TH: Tensor, h_MI: Tensor, ha_MR: Tensor | None, p_M: Tensor, routing: Routing, down: Projection, wants: Wants
+        self,
+        dy_TH: Tensor,
+        z_MG: Tensor,
+        ha_MR: Tensor | None,
+        p_M: Tensor,
+        routing: Routing,
+        down: Projection,
+        gate: Gate,
+        wants: Wants,
     ) -> tuple[Tensor, Tensor, ProjectionGrads]:
-        compute = self._compute(h_MI.dtype)
-        dy_MH = dy_TH[routing.token_M].to(compute)
-        h_wide = h_MI.to(compute)
-        # before the router's weight, so that its own gradient needs no output of the down product: dp = <dy·W, h> + <dy, b>
-        dh_MI = self._product(dy_MH, down.weight, routing, transposed=True)
-        if down.lora is not None:
-            dh_MI = dh_MI + self._skinny(
-                self._skinny(dy_MH, down.lora.B_ENR, routing, transposed=True), down.lora.A_ERK, routing, transposed=True
-            )
+        compute = self._compute(z_MG.dtype)
         wide = torch.promote_types(compute, torch.float32)
-        dp_M = (dh_MI.to(wide) * h_wide.to(wide)).sum(-1)
+        dy_MH = dy_TH[routing.token_M].to(compute)
+        h_MI = self._gate(z_MG, gate).to(compute)
+        # before the router's weight, so that its own gradient needs no output of the down product: dp = <dy·W, h> +
+        # <dy, b>
+        dh_MI = self._product_transposed(dy_MH, down, routing)
+        dp_M = (dh_MI.to(wide) * h_MI.to(wide)).sum(-1)
         if down.bias is not None:
             dp_M = dp_M + (dy_MH.to(wide) * _per_row(down.bias, routing).to(wide)).sum(-1)
         p_M1 = p_M[:, None].to(wide)
-        weighted = (dy_MH * p_M1).to(compute)
-        grads = self._grads(weighted, h_wide, ha_MR, routing, down, wants)
-        return (dh_MI * p_M1).to(h_MI.dtype), dp_M, grads
+        grads = self._grads((dy_MH * p_M1).to(compute), h_MI, ha_MR, routing, down, wants)
+        dz_MG = gate.backward(z_MG.to(compute), (dh_MI * p_M1).to(compute))
+        return dz_MG.to(z_MG.dtype), dp_M, grads
 
     def up_backward(
         self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: Wants
@@ -178,12 +198,7 @@ class ProductEngine:
         grads = self._grads(dz_wide, x_MH, xa_MR, routing, up, wants)
         if not wants.x:
             return None, grads
-        dx_MH = self._product(dz_wide, up.weight, routing, transposed=True)
-        if up.lora is not None:
-            dx_MH = dx_MH + self._skinny(
-                self._skinny(dz_wide, up.lora.B_ENR, routing, transposed=True), up.lora.A_ERK, routing, transposed=True
-            )
-        return combine(dx_MH, routing, None, x_TH.dtype), grads
+        return combine(self._product_transposed(dz_wide, up, routing), routing, None, x_TH.dtype), grads
 
     def _grads(
         self, dy_MN: Tensor, x_MK: Tensor, xa_MR: Tensor | None, routing: Routing, side: Projection, wants: Wants
@@ -205,8 +220,13 @@ class ProductEngine:
     def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
         codes, scales = storage(weight)
         wide = x_MK.to(self._compute(x_MK.dtype))
-        y = operators.product(wide, codes[0], scales[0], list(weight.block), transposed, self.name, self.numerics)
+        y: Tensor = operators.product(
+            wide, codes[0], scales[0], list(weight.block), transposed, self.name, self.numerics
+        )
         return y.to(x_MK.dtype)
+
+
+_grouped_product = cast(Callable[..., Tensor], operators.grouped_product)
 
 
 def _per_row(bias_EN: Tensor, routing: Routing) -> Tensor:

@@ -1,7 +1,8 @@
-"""The expert MLP as one autograd function: ``y_t = Σ_k p_tk · down_e(gate(up_e(x_t)))``, experts ``e`` frozen in FP8 or plain, LoRA on both.
+"""The expert MLP as one autograd function: ``y_t = Σ_k p_tk · down_e(gate(up_e(x_t)))``, experts ``e`` frozen in FP8
+or plain, LoRA on both.
 
-Legend: ``T`` tokens, ``K`` top-k, ``M = T·K`` routed rows sorted by expert, ``E`` experts, ``H`` hidden size, ``I`` expert
-intermediate size, ``G`` width of the up product, ``R`` LoRA rank.
+Legend: ``T`` tokens, ``K`` top-k, ``M = T·K`` routed rows sorted by expert, ``E`` experts, ``H`` hidden size, ``I``
+expert intermediate size, ``G`` width of the up product, ``R`` LoRA rank.
 """
 
 from dataclasses import dataclass
@@ -42,17 +43,21 @@ class MlpSpec:
     engine: Engine
 
 
-def expert_mlp(x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, up: Side, down: Side, gate: Gate, engine: Engine) -> Tensor:
+def expert_mlp(
+    x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, up: Side, down: Side, gate: Gate, engine: Engine
+) -> Tensor:
     """Route, gather, up (+LoRA), gate, down (+LoRA), combine: [T, H] in the dtype of ``x_TH``.
 
     ``index_TK``: chosen experts, integer, ids ≥ E are off-rank and contribute nothing. ``p_TK``: their weights.
-    Differentiable in ``x_TH``, ``p_TK``, the factors, the biases and unquantized weights. Keeps x, z, x·A, h·A and the routing
-    for backward; never a dequantized weight.
+    Differentiable in ``x_TH``, ``p_TK``, the factors, the biases and unquantized weights. Keeps x, z, x·A, h·A and the
+    routing for backward; never a dequantized weight.
     """
     routing = route(index_TK, up.weight.shape[0])
     spec = MlpSpec(up.spec, down.spec, gate, engine)
     sides = [t for s in (up, down) for t in (s.weight, s.scales, s.bias, s.lora_A, s.lora_B)]
-    output: Tensor = ExpertMlp.apply(spec, x_TH, p_TK, routing.token_M, routing.row_TK, routing.offsets_E, *sides)
+    output: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
+        spec, x_TH, p_TK, routing.token_M, routing.row_TK, routing.offsets_E, *sides
+    )
     return output
 
 
@@ -69,7 +74,7 @@ class ExpertMlp(torch.autograd.Function):
         return y_TH
 
     @staticmethod
-    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         spec: MlpSpec = ctx.spec
         x_TH, p_TK, z_MG, xa_MR, ha_MR, *tensors = ctx.saved_tensors
         routing, up, down = _assemble(spec, tuple(tensors))
@@ -78,12 +83,10 @@ class ExpertMlp(torch.autograd.Function):
         wants_up = Wants(wants_x, wants[0], wants[2], wants[3] or wants[4])
         wants_down = Wants(True, wants[5], wants[7], wants[8] or wants[9])
 
-        h_MI = spec.engine.gate(z_MG, spec.gate)
         p_M = row_probabilities(p_TK, routing)
-        dh_MI, dp_M, down_grads = spec.engine.down_backward(
-            dy_TH.contiguous(), h_MI, ha_MR, p_M, routing, down, wants_down
+        dz_MG, dp_M, down_grads = spec.engine.down_backward(
+            dy_TH.contiguous(), z_MG, ha_MR, p_M, routing, down, spec.gate, wants_down
         )
-        dz_MG = spec.engine.gate_backward(z_MG, dh_MI, spec.gate)
         dx_TH, up_grads = spec.engine.up_backward(dz_MG, x_TH, xa_MR, routing, up, wants_up)
         dp_TK = dp_M[routing.row_TK].to(p_TK.dtype) if wants_p else None
         sides: list[Tensor | None] = []
@@ -98,10 +101,10 @@ class ExpertMlp(torch.autograd.Function):
 
 def _assemble(spec: MlpSpec, tensors: tuple[Tensor | None, ...]) -> tuple[Routing, Projection, Projection]:
     token_M, row_TK, offsets_E, *sides = tensors
-    assert token_M is not None and row_TK is not None and offsets_E is not None
-    up, down = (
-        _projection(how, *sides[start : start + 5]) for how, start in ((spec.up, 0), (spec.down, 5))
-    )
+    assert token_M is not None
+    assert row_TK is not None
+    assert offsets_E is not None
+    up, down = (_projection(how, *sides[start : start + 5]) for how, start in ((spec.up, 0), (spec.down, 5)))
     return Routing(token_M, row_TK, offsets_E), up, down
 
 

@@ -1,7 +1,7 @@
 """The activation between an expert's two products: ``h = gate(z)`` and its gradient.
 
-The named gate has an explicit gradient that fused engines can put in an epilogue. Any other gate of a model (a clamped one,
-an interleaved one, a bare activation) runs as the model wrote it and is differentiated by autograd.
+The named gate has an explicit gradient that fused engines can put in an epilogue. Any other gate of a model (a clamped
+one, an interleaved one, a bare activation) runs as the model wrote it and is differentiated by autograd.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ class SwiGlu:
 
 @dataclass(frozen=True)
 class ModelGate:
-    """The gate as the model's own class computes it, differentiated by autograd. It must act row by row and hold nothing
-    that trains."""
+    """The gate as the model's own class computes it, differentiated by autograd. It must act row by row and hold
+    nothing that trains."""
 
     name: str
     function: Callable[[Tensor], Tensor]

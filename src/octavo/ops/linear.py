@@ -10,11 +10,12 @@ from octavo.ops.weights import WeightSpec
 
 
 def float8_linear(x: Tensor, codes_NK: Tensor, scales_nk: Tensor, spec: WeightSpec, engine: Engine) -> Tensor:
-    """``x · (codes × scales)ᵀ`` for ``x`` [..., K] of any float dtype: [..., N] in that dtype, differentiable in ``x`` only.
+    """``x · (codes × scales)ᵀ`` for ``x`` [..., K] of any float dtype: [..., N] in that dtype, differentiable in ``x``
+    only.
 
     ``codes_NK``: one-byte E4M3 codes; ``scales_nk``: float32 grid. Keeps nothing but the weight's own tensors.
     """
-    output: Tensor = Float8Product.apply(x, codes_NK, scales_nk, spec, engine)
+    output: Tensor = Float8Product.apply(x, codes_NK, scales_nk, spec, engine)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -28,7 +29,7 @@ class Float8Product(torch.autograd.Function):
         return _product(x, codes_NK, scales_nk, spec, engine, transposed=False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes_NK, scales_nk = ctx.saved_tensors
         return _product(dy, codes_NK, scales_nk, ctx.spec, ctx.engine, transposed=True), None, None, None, None
 

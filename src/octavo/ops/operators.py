@@ -1,7 +1,7 @@
 """``torch.library`` operators on flat tensors: what a compiled graph sees of a product with frozen weights.
 
-Each has a fake implementation, so tracing never looks inside; each returns a new tensor. ``scales`` is ``None`` for a weight that
-is not quantized. Gradients are wired by :mod:`octavo.ops.experts` and :mod:`octavo.ops.linear`, not here.
+Each has a fake implementation, so tracing never looks inside; each returns a new tensor. ``scales`` is ``None`` for a
+weight that is not quantized. Gradients are wired by :mod:`octavo.ops.experts` and :mod:`octavo.ops.linear`, not here.
 """
 
 from typing import cast
@@ -29,8 +29,8 @@ def grouped_product(
 ) -> Tensor:
     """``y_m = x_m · W_{e(m)}ᵀ`` (or ``· W_{e(m)}`` when ``transposed``) for rows sorted by expert.
 
-    ``x`` [M, in]; ``weight`` [E, out, in] one-byte codes with float32 ``scales`` [E, parts·n, k], or floats; ``offsets`` int32 [E].
-    Rows past the last offset are zero.
+    ``x`` [M, in]; ``weight`` [E, out, in] one-byte codes with float32 ``scales`` [E, parts·n, k], or floats;
+    ``offsets`` int32 [E]. Rows past the last offset are zero.
     """
     spec = WeightSpec(scales is not None, parts, (block[0], block[1]), stored_transposed)
     stack = spec.assemble(weight, scales)
@@ -72,7 +72,9 @@ def _(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 def product(
     x: Tensor, weight: Tensor, scales: Tensor, block: list[int], transposed: bool, engine: str, numerics: str
 ) -> Tensor:
-    """``y = x · Wᵀ`` (or ``· W`` when ``transposed``): ``x`` [M, in], one-byte codes ``weight`` [out, in], ``scales`` [n, k]."""
+    """``y = x · Wᵀ`` (or ``· W`` when ``transposed``): ``x`` [M, in], one-byte codes ``weight`` [out, in],
+    ``scales`` [n, k].
+    """
     stack: Weight = WeightSpec(True, 1, (block[0], block[1])).assemble(weight, scales)
     if engine == "dequant":
         w_NK = stack.dequantize(x.dtype)[0]
@@ -82,5 +84,7 @@ def product(
 
 
 @product.register_fake
-def _(x: Tensor, weight: Tensor, scales: Tensor, block: list[int], transposed: bool, engine: str, numerics: str) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, scales: Tensor, block: list[int], transposed: bool, engine: str, numerics: str
+) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1 if transposed else 0]))

@@ -29,7 +29,9 @@ E4M3_MAX = 448.0
 
 
 def round_to_e4m3(x_MK: Tensor, group: int) -> Tensor:
-    """``x`` as an FP8 product sees it: E4M3 codes times one scale per row and ``group`` columns, in the dtype of ``x``."""
+    """``x`` as an FP8 product sees it: E4M3 codes times one scale per row and ``group`` columns, in the dtype of
+    ``x``.
+    """
     rows, columns = x_MK.shape
     padded = torch.nn.functional.pad(x_MK, (0, -columns % group)).view(rows, -1, group)
     scale = padded.abs().amax(-1, keepdim=True) / E4M3_MAX
@@ -72,7 +74,9 @@ def folds_into_rows(weight: Float8Weight) -> bool:
 
 
 def grouped_product(x_MK: Tensor, weight: Weight, ends: list[int], numerics: Numerics) -> Tensor:
-    """``y_m = x_m · W_{e(m)}ᵀ`` for rows sorted by expert; ``ends`` are the rows' ends per expert. Zero past the last end."""
+    """``y_m = x_m · W_{e(m)}ᵀ`` for rows sorted by expert; ``ends`` are the rows' ends per expert. Zero past the
+    last end.
+    """
     y_MN = x_MK.new_zeros((x_MK.shape[0], weight.out_features))
     for expert, rows in spans(ends):
         y_MN[rows] = product(x_MK[rows], weight, expert, numerics)
