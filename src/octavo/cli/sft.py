@@ -1,0 +1,39 @@
+"""``octavo sft CONFIG.yaml``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from octavo.train.config import load_config
+from octavo.train.outcome import as_json, farewell
+
+
+def sft(
+    config: Annotated[Path, typer.Argument(help="The run as YAML: model, lora, data, train, out.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value, e.g. train.lr=1e-4.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would train, and stop before it does.")] = False,
+    as_json_output: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")
+    ] = False,
+) -> None:
+    """Fine-tune an FP8 mixture-of-experts checkpoint with LoRA, as a YAML file says.
+
+    The same command runs under torchrun and accelerate launch. Ctrl-C saves a checkpoint, and the same command resumes.
+    """
+    run = load_config(config, overrides or ())
+    # Imported after the configuration was found good: an error in it should not wait for torch.
+    from octavo.train.run import sft as train
+
+    console = Console(stderr=as_json_output)
+    result = train(run, console, dry_run=dry_run)
+    if result.main_process:
+        console.print(farewell(result, dry_run=dry_run), highlight=False, soft_wrap=True)
+        if as_json_output:
+            print(json.dumps(as_json(result)))
+    if result.signal is not None:
+        raise typer.Exit(128 + result.signal)

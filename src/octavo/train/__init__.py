@@ -1,0 +1,1 @@
+"""Training with trl: configuration, data, proof of the gradients, progress, the run and its folder."""

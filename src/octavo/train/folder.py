@@ -1,0 +1,128 @@
+"""The folder of a run: what was asked, on what it ran, where it can go on, and what came out."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+import octavo
+from octavo.errors import ConfigError
+from octavo.train.config import SftConfig
+
+_PACKAGES = (
+    "octavo",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "triton",
+)
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class RunFolder:
+    """Paths and records of one run. Only the main process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.versions = path / "versions.json"
+        self.metrics = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+
+    def checkpoint(self, resume: str) -> Path | None:
+        """The checkpoint to resume from under ``train.resume``, or None for a fresh start.
+
+        Raises:
+            ConfigError: a fresh start would mix with checkpoints that are there, or the named checkpoint is none.
+        """
+        if resume in ("auto", "never"):
+            last = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+            if last is not None and resume == "never":
+                raise ConfigError(
+                    f"`train.resume` is `never`, but {self.path} holds checkpoints of an earlier run, last "
+                    f"{Path(last).name}. Choose another `out`, or `train.resume: auto`."
+                )
+            return None if last is None else Path(last)
+        path = Path(resume).expanduser().absolute()
+        if not (path / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"`train.resume`: {path} is no checkpoint of a run; it has no trainer_state.json. Name a folder "
+                f"such as {self.path / 'checkpoint-100'}, `auto` or `never`."
+            )
+        return path
+
+    def changed_keys(self, config: SftConfig) -> list[str]:
+        """Dotted keys in which ``config`` differs from the one this folder was started with."""
+        if not self.config.is_file():
+            return []
+        before = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        after = _flat(yaml.safe_load(config.to_yaml()))
+        changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+        return sorted(changed - {"train.resume", "out"})
+
+    def write_start(self, config: SftConfig, device: torch.device, world_size: int) -> None:
+        """Write the resolved config and the versions."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(config.to_yaml(), encoding="utf-8")
+            self.versions.write_text(json.dumps(versions(device, world_size), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"The run folder {self.path} cannot be written: {error.strerror}.") from error
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` holds an adapter as peft writes it."""
+    return (path / "adapter_config.json").is_file() and (path / _ADAPTER_FILE).is_file()
+
+
+def versions(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Packages, interpreter, machine and, from a source tree, the commit of octavo."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "packages": {package: found for package in _PACKAGES if (found := _version(package))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.type}: {name}",
+        "processes": world_size,
+        "cuda": torch.version.cuda,
+        "octavo_commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree octavo was imported from; None for an installed package."""
+    # A namespace is a list of folders; the package itself is one.
+    source = Path(next(iter(octavo.__path__))).absolute()
+    if not (source.parent.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,141 @@
+"""trl's SFTTrainer, plus what it keeps quiet: what became of each example, a loss that is not finite, speed, load."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import trl
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from octavo.errors import ConfigError, OctavoError
+from octavo.train.data import Examples
+from octavo.train.example import IGNORED
+from octavo.train.meter import Meter
+
+
+class TrainingError(OctavoError):
+    """A run that cannot go on: its loss is not a number any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What became of the examples of one data set between the file and the first batch."""
+
+    examples: int
+    # Cut at `data.max_length`, and among them those left without a counted token, which are dropped.
+    truncated: int
+    dropped: int
+    rows: int
+    tokens: int
+    counted: int
+
+    def __str__(self) -> str:
+        packed = f" in {self.rows} packed rows" if self.rows != self.examples - self.dropped else ""
+        share = 100 * self.counted / self.tokens
+        text = f"{self.examples - self.dropped} examples{packed}, {self.tokens:,} tokens, {share:.0f} % of them count"
+        if self.truncated:
+            text += f"; {self.truncated} cut at max_length"
+        return text + (f", {self.dropped} of them dropped: nothing that counts was left" if self.dropped else "")
+
+
+class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
+    """A `trl.SFTTrainer` on checked examples, with a `Meter` in its log."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: trl.SFTConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: LoraConfig,
+        train: Examples,
+        evaluation: Examples | None,
+        callbacks: Sequence[TrainerCallback] = (),
+        stop_on_nan: bool = True,
+    ) -> None:
+        self.preparations: dict[str, Preparation] = {}
+        self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
+        self._stop_on_nan = stop_on_nan
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train.dataset,
+            eval_dataset=None if evaluation is None else evaluation.dataset,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=list(callbacks),
+        )
+        self.meter = Meter(self.model)
+        self.add_callback(self.meter)
+
+    def _prepare_dataset(
+        self,
+        dataset: datasets.Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: trl.SFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> datasets.Dataset:
+        """Tokenize in full first and count; trl then cuts, drops and packs, and leaves tokenized data as it is."""
+        source = self._sources[dataset_name]
+        whole = copy.copy(args)
+        whole.max_length = None
+        try:
+            full = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        except RuntimeError as error:
+            # Nothing is computed here, so this is trl's verdict on an example.
+            raise ConfigError(f"{source.source} cannot be prepared: {error}") from error
+        longest = args.max_length if args.max_length is not None else int(1e18)
+        examples = truncated = dropped = tokens = counted = 0
+        for index, labels in enumerate(_labels(full)):
+            if not any(label != IGNORED for label in labels[1:]):
+                raise ConfigError(
+                    f"No token of {source.where(index)} counts in the loss. Remove the example, or look at `data.loss`."
+                )
+            kept = labels[:longest]
+            left = sum(label != IGNORED for label in kept[1:])
+            examples += 1
+            truncated += len(labels) > len(kept)
+            dropped += left == 0 and not packing
+            tokens += len(kept) if left else 0
+            counted += left
+        if counted == 0:
+            raise ConfigError(
+                f"All {examples} examples of {source.source} are cut at `data.max_length: {args.max_length}` before "
+                "the first token that counts. Raise it."
+            )
+        prepared = super()._prepare_dataset(full, processing_class, args, packing, formatting_func, dataset_name)
+        self.preparations[dataset_name] = Preparation(examples, truncated, dropped, len(prepared), tokens, counted)
+        return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward; stops before the optimizer takes a loss that is not finite."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self._stop_on_nan:
+            # Every rank must stop at the same step, or the others wait for it in the next reduction.
+            worst = float(self.accelerator.reduce(loss.detach().clone(), reduction="sum"))
+            if not math.isfinite(worst):
+                raise TrainingError(
+                    f"The loss of step {self.state.global_step + 1} is {worst}, so the run stopped before the "
+                    "optimizer used it. The last checkpoint is unharmed. Lower `train.lr`, or set "
+                    "`train.stop_on_nan: false` to go on regardless."
+                )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens per second, peak memory and expert load to every training record, for all reporters."""
+        if "loss" in logs:
+            logs.update(self.meter.read())
+        super().log(logs, start_time)
+
+
+def _labels(dataset: datasets.Dataset) -> Iterator[list[int]]:
+    batch: Mapping[str, list[list[int]]]
+    for batch in dataset.select_columns(["labels"]).iter(batch_size=1000):
+        yield from batch["labels"]
