@@ -36,7 +36,7 @@ def check_codes(name: str, codes: Tensor) -> None:
     """No e4m3 code is NaN, 0x7F or 0xFF.
 
     ``codes``: float8_e4m3fn, or uint8 with the same bytes, any shape. Read as an integer NaN is the largest value there
-    is, unsigned (0xFF) or signed (0x7F), so that two maxima tell: 15 GB/s on one core, no temporary, one transfer from a
+    is, unsigned (0xFF) or signed (0x7F), so two maxima tell: 15 GB/s on one core, no temporary, one transfer from a
     device.
 
     Raises: CheckpointError naming the tensor, how many codes and the first of them.

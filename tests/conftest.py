@@ -1,0 +1,24 @@
+"""Fixtures for every suite."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .checkpoints import Built, build
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
+    """``built(arch=, layout=, ...)``: ``checkpoints.build`` with these arguments, once a session. Not to be written to."""
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    known: dict[str, Built] = {}
+
+    def get(**arguments: Any) -> Built:
+        name = "-".join(f"{key}={value}" for key, value in sorted(arguments.items())).replace("/", "_")
+        if name not in known:
+            known[name] = build(folder / f"{len(known):03d}", **arguments)
+        return known[name]
+
+    return get
