@@ -39,8 +39,8 @@ class SkipList:
     """``modules_to_not_convert`` as transformers reads it: an entry covers a module when it is
 
     a prefix of its name up to a module boundary (``model.layers.1`` covers ``model.layers.1.mlp``), or a regular
-    expression that matches up to one, or any suffix of it (``fc1``). Dots of an entry without other special characters
-    are taken literally.
+    expression that matches up to one, or any suffix of it (``fc1``). The dots of an entry without other special
+    characters are dots; transformers takes them for any character, so that ``layers.1.`` also covers layer 10 there.
     """
 
     def __init__(self, entries: Iterable[str], where: str) -> None:
