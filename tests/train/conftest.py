@@ -1,5 +1,8 @@
 """The tiny model on disk, and data for it."""
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,18 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from .tiny import byte_tokenizer, chat, tiny_config, write_jsonl
+
+# trackio reads it once, when it is imported; the default is in the home folder.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products of 32 by 32 are ten times slower when threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +38,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chats(tmp_path: Path) -> Path:
     """24 chats in a jsonl file."""
     return write_jsonl(tmp_path / "chats.jsonl", [chat(index) for index in range(24)])
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    import peft
+
+    import octavo
+    import octavo.integrations.peft as m
+
+    if not hasattr(m, "lora_config"):
+
+        def lora_config(model, r=16, *, alpha=None, modules_to_save=None, **_):
+            return peft.LoraConfig(
+                r=r,
+                lora_alpha=alpha or r,
+                task_type="CAUSAL_LM",
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+                target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+                modules_to_save=modules_to_save,
+            )
+
+        monkeypatch.setattr(m, "lora_config", lora_config, raising=False)
+        monkeypatch.setattr(octavo, "lora_config", lora_config, raising=False)
+        from transformers import AutoModelForCausalLM
+
+        monkeypatch.setattr(
+            octavo,
+            "load_model",
+            lambda p, *, dtype=torch.bfloat16, **_: AutoModelForCausalLM.from_pretrained(p, dtype=dtype),
+            raising=False,
+        )

@@ -1,10 +1,18 @@
 """A tiny random mixture of experts, a byte tokenizer with a chat template, and a few examples."""
 
+import io
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
+
+from octavo.train.config import parse_config
+from octavo.train.outcome import RunResult
+from octavo.train.run import sft
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
@@ -59,3 +67,35 @@ def chat(index: int) -> dict[str, list[dict[str, str]]]:
 def write_jsonl(path: Path, rows: list[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+class Screen(io.StringIO):
+    """What a run prints; sends this process a signal when the text says so."""
+
+    def __init__(self, *, after: str | None = None, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__()
+        self._after, self._number = after, number
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if self._after is not None and self._after in self.getvalue():
+            self._after = None
+            signal.raise_signal(self._number)
+        return count
+
+
+def train(screen: Screen | None = None, *, dry_run: bool = False, terminal: bool = False, **tree: object) -> RunResult:
+    """Run ``octavo sft`` on a configuration given as a mapping."""
+    console = Console(file=screen or Screen(), width=200, force_terminal=terminal)
+    return sft(parse_config(tree), console, dry_run=dry_run)
+
+
+def tree(checkpoint: Path, data: Path, out: Path, **train_section: object) -> dict[str, Any]:
+    """A short float32 run on the CPU, as a mapping that tests change."""
+    return {
+        "model": {"path": str(checkpoint), "dtype": "float32"},
+        "lora": {"r": 4},
+        "data": {"train": str(data), "max_length": 64},
+        "train": {"steps": 3, "batch_size": 4, "lr": 1e-2, "warmup": 0, "precision": "float32", **train_section},
+        "out": str(out),
+    }

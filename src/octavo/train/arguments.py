@@ -47,6 +47,7 @@ def sft_arguments(config: SftConfig, loss: Loss, *, evaluates: bool) -> trl.SFTC
         disable_tqdm=True,
         report_to=[] if train.report_to == "none" else [train.report_to],
         run_name=config.out.name,
+        project="octavo",
         # Metrics stay on this machine; trackio's default is to publish a run that has a space.
         trackio_space_id=None,
         trackio_static_space_id=False,

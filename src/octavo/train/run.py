@@ -66,9 +66,13 @@ def load_tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
         ConfigError: the checkpoint has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(config.model.path, revision=config.model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path, revision=config.model.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"`model.path`: {config.model.path} has no tokenizer that loads: {error}") from error
+    # From a folder without tokenizer files transformers makes an empty one of the model's kind.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ConfigError(f"`model.path`: {config.model.path} has no tokenizer that loads: its vocabulary is empty.")
+    return tokenizer
 
 
 class _Run:

@@ -1,0 +1,321 @@
+"""``octavo sft`` from a configuration to an adapter, on a tiny model."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+
+import octavo
+from octavo.errors import ConfigError
+from octavo.train.config import load_config
+from octavo.train.metrics import read_metrics
+from octavo.train.trainer import TrainingError
+
+from .tiny import Screen, byte_tokenizer, chat, tiny_config, train, tree, write_jsonl
+
+
+def losses(out) -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_run_leaves_everything_needed_to_repeat_and_to_use_it(tmp_path, checkpoint, chats):
+    screen = Screen()
+    result = train(screen, **tree(checkpoint, chats, tmp_path / "run"))
+    out = tmp_path / "run"
+    assert (result.step, result.adapter, result.signal) == (3, out / "adapter", None)
+    assert load_config(out / "config.yaml").resolved() == load_config(out / "config.yaml")
+    versions = json.loads((out / "versions.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__.split("+")[0] or versions["packages"]["torch"]
+    assert versions["device"].startswith(("cpu", "cuda"))
+    assert versions["processes"] == 1
+    records = read_metrics(out / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb", "expert_load"} <= record.keys()
+        assert record["expert_load"] >= 1
+    assert records[-1]["loss"] == result.loss
+    assert (out / "checkpoint-3" / "optimizer.pt").is_file()
+    assert not (out / "adapter" / "training_args.bin").exists()
+    # The adapter works on its own: model and tokenizer as a user would load them.
+    tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
+    assert tokenizer.chat_template == byte_tokenizer().chat_template
+    model = PeftModel.from_pretrained(octavo.load_model(checkpoint, dtype=torch.float32), out / "adapter")
+    factors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(torch.count_nonzero(value) for name, value in factors.items() if "lora_B" in name)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_before_the_first_step_a_person_sees_what_will_happen(tmp_path, checkpoint, chats):
+    screen = Screen()
+    result = train(screen, dry_run=True, **tree(checkpoint, chats, tmp_path / "run"))
+    text = screen.getvalue()
+    assert (result.step, result.adapter) == (0, None)
+    assert "Qwen3" in text or "self_attn" in text
+    for group in ("attention", "routed experts", "total"):
+        assert group in text
+    assert "24 examples" in text
+    # The first chat of the shuffled order or not: the data set's first row, its answer marked.
+    assert "<|user|>say 0<|end|><|assistant|>⟦ab0<|end|>⟧" in text
+    assert "4 of its 12 tokens count (loss on assistant)" in text
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_lines_when_not_a_terminal_and_a_bar_when_it_is_one(tmp_path, checkpoint, chats):
+    plain, live = Screen(), Screen()
+    train(plain, **tree(checkpoint, chats, tmp_path / "plain"))
+    train(live, terminal=True, **tree(checkpoint, chats, tmp_path / "live"))
+    lines = [line for line in plain.getvalue().splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    for figure in ("loss", "lr", "grad", "tok/s", "peak", "expert load max/mean"):
+        assert figure in lines[0]
+    assert "\x1b[" not in plain.getvalue()
+    assert "3/3" in live.getvalue()
+    assert "\x1b[" in live.getvalue()
+    assert "tensors proven" in plain.getvalue()
+    assert losses(tmp_path / "plain") == losses(tmp_path / "live"), "how it is shown changes nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_to_bit_equal_losses(tmp_path, checkpoint, chats, number):
+    # 24 examples in batches of 5, in shuffled order: the resumed run crosses into a second epoch.
+    settings = {"steps": 8, "batch_size": 5, "logging_steps": 1, "seed": 3}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(**tree(checkpoint, chats, straight, **settings))
+    first = train(Screen(after="step 2/8", number=number), **tree(checkpoint, chats, resumed, **settings))
+    assert (first.signal, first.step, first.adapter) == (int(number), 3, None)
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL), "handlers are given back"
+    screen = Screen()
+    second = train(screen, **tree(checkpoint, chats, resumed, **settings))
+    assert second.resumed_from == resumed / "checkpoint-3"
+    assert "resuming from" in screen.getvalue()
+    assert second.step == 8
+    for key in ("loss", "grad_norm", "lr", "epoch"):
+        a, b = ([line[key] for line in read_metrics(out / "metrics.jsonl")] for out in (straight, resumed))
+        assert a == b, key
+    one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (straight, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_crashed_run_repeats_its_lost_steps_once_in_the_metrics(tmp_path, checkpoint, chats):
+    out = tmp_path / "run"
+    settings = {"steps": 6, "save_every": 2}
+    train(**tree(checkpoint, chats, out, **settings))
+    whole = losses(out)
+    # As if the process had died after step 5: the last checkpoint is that of step 4.
+    (out / "checkpoint-6").rename(tmp_path / "lost")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:5]) + '{"step": 6, "lo')
+    result = train(**tree(checkpoint, chats, out, **settings))
+    assert result.resumed_from == out / "checkpoint-4"
+    assert losses(out) == whole
+
+
+def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):
+    out = tmp_path / "run"
+    train(**tree(checkpoint, chats, out, steps=2, save_every=1))
+    with pytest.raises(ConfigError, match=r"holds checkpoints of an earlier run, last checkpoint-2"):
+        train(**tree(checkpoint, chats, out, resume="never"))
+    with pytest.raises(ConfigError, match="is no checkpoint of a run"):
+        train(**tree(checkpoint, chats, out, resume=str(tmp_path)))
+    screen = Screen()
+    changed = tree(checkpoint, chats, tmp_path / "other", steps=2, resume=str(out / "checkpoint-1"))
+    assert train(screen, **changed).resumed_from == out / "checkpoint-1"
+    assert losses(tmp_path / "other") == losses(out)[1:]
+    screen = Screen()
+    train(screen, **tree(checkpoint, chats, out, steps=3, save_every=1, lr=2e-2))
+    assert "`train.lr` differs" in screen.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+def test_gradient_checkpointing_changes_no_loss(tmp_path, checkpoint, chats, kind):
+    train(**tree(checkpoint, chats, tmp_path / "without", gradient_checkpointing="none"))
+    train(**tree(checkpoint, chats, tmp_path / "with", gradient_checkpointing=kind))
+    # The recomputed activations are the same; a reentrant backward adds some gradients in another order.
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
+
+
+def test_bf16_autocast_trains_close_to_float32(tmp_path, checkpoint, chats):
+    train(**tree(checkpoint, chats, tmp_path / "exact", steps=6))
+    lowered = tree(checkpoint, chats, tmp_path / "lowered", steps=6, precision="bf16")
+    lowered["model"]["dtype"] = "bfloat16"
+    train(**lowered)
+    assert losses(tmp_path / "lowered") != losses(tmp_path / "exact")
+    # 8 bits of mantissa: 0.4 % on a weight, less on a loss that averages over 40 tokens.
+    assert losses(tmp_path / "lowered") == pytest.approx(losses(tmp_path / "exact"), rel=5e-3)
+
+
+def test_gradient_accumulation_is_a_larger_batch(tmp_path, checkpoint, chats):
+    train(**tree(checkpoint, chats, tmp_path / "one", batch_size=4))
+    train(**tree(checkpoint, chats, tmp_path / "two", batch_size=2, grad_accumulation=2))
+    config = tree(checkpoint, chats, tmp_path / "aux")
+    # Without the balancing loss, which is a mean per forward: then only the order of sums differs.
+    del config
+    for name, size, accumulation in (("one", 4, 1), ("two", 2, 2)):
+        settings = {"batch_size": size, "grad_accumulation": accumulation, "router_aux_loss": 0.0}
+        train(**tree(checkpoint, chats, tmp_path / f"{name}-plain", **settings))
+    assert losses(tmp_path / "two-plain") == pytest.approx(losses(tmp_path / "one-plain"), rel=1e-5)
+
+
+def test_evaluation_and_early_stopping_keep_the_best_adapter(tmp_path, checkpoint, chats):
+    out = tmp_path / "run"
+    # A rate that ruins the model after a good start.
+    settings = {"steps": 40, "lr": 0.3, "eval_every": 1, "save_every": 1, "early_stopping": 2, "eval_on_start": True}
+    config = tree(checkpoint, chats, out, **settings)
+    config["data"]["eval_fraction"] = 0.25
+    result = train(**config)
+    evaluations = {
+        line["step"]: line["eval_loss"] for line in read_metrics(out / "metrics.jsonl") if "eval_loss" in line
+    }
+    assert 0 in evaluations, "evaluated before the first step"
+    assert result.step < 40
+    steps = sorted(evaluations)
+    best = min((step for step in steps if step > 0), key=evaluations.__getitem__)
+    assert result.step == best + 2, "stopped after two evaluations without a better loss"
+    kept, at_best = (
+        load_file(path / "adapter_model.safetensors") for path in (out / "adapter", out / f"checkpoint-{best}")
+    )
+    assert all(torch.equal(kept[name], at_best[name]) for name in kept)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_the_optimizer(tmp_path, chats):
+    """One example holds a token whose embedding is NaN; until its turn, all is well."""
+    folder, out = tmp_path / "model", tmp_path / "run"
+    model = Qwen3MoeForCausalLM(tiny_config())
+    [bad] = byte_tokenizer()("Z")["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = torch.nan
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    rows = [chat(index) for index in range(24)]
+    rows[17]["messages"][0]["content"] = "Z"
+    config = tree(folder, write_jsonl(tmp_path / "a.jsonl", rows), out, steps=24, batch_size=1, save_every=1)
+    with pytest.raises(TrainingError, match=r"The loss of step (\d+) is nan") as error:
+        train(**config)
+    failed = int(str(error.value).split("step ")[1].split()[0])
+    assert failed > 1
+    assert len(losses(out)) == failed - 1
+    last = out / f"checkpoint-{failed - 1}"
+    assert all(value.isfinite().all() for value in load_file(last / "adapter_model.safetensors").values())
+    assert not (out / f"checkpoint-{failed}").exists()
+    # Asked to go on, it does, and the record says null: JSON has no NaN.
+    config["train"] |= {"stop_on_nan": False, "steps": failed + 1, "resume": str(last)}
+    train(**config)
+    assert losses(out)[failed - 1] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "counted"),
+    [
+        ({"prompt": "2+2=", "completion": "4"}, "2+2=⟦4<|end|>⟧"),
+        (
+            {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]},
+            "<|user|>hi<|end|><|assistant|>⟦ho<|end|>⟧",
+        ),
+        ({"text": "once"}, "o⟦nce<|end|>⟧"),
+    ],
+    ids=["pair", "pair-of-turns", "text"],
+)
+def test_other_formats_train_on_what_they_say(tmp_path, checkpoint, row, counted):
+    screen = Screen()
+    data = write_jsonl(tmp_path / "a.jsonl", [row] * 8)
+    assert train(screen, **tree(checkpoint, data, tmp_path / "run", steps=2)).step == 2
+    assert counted in screen.getvalue()
+
+
+def test_a_parquet_file_trains_like_the_jsonl(tmp_path, checkpoint, chats):
+    from datasets import Dataset
+
+    Dataset.from_list([chat(index) for index in range(24)]).to_parquet(tmp_path / "chats.parquet")
+    train(**tree(checkpoint, chats, tmp_path / "a", steps=2))
+    train(**tree(checkpoint, tmp_path / "chats.parquet", tmp_path / "b", steps=2))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_packing_changes_rows_and_not_what_is_learned(tmp_path, checkpoint, chats):
+    """Documents in one row must not see each other: the loss of a whole epoch in one step is the unpacked one."""
+    settings = {"steps": 1, "batch_size": 24, "lr": 1e-9, "router_aux_loss": 0.0}
+    train(**tree(checkpoint, chats, tmp_path / "plain", **settings))
+    packed = tree(checkpoint, chats, tmp_path / "packed", **settings)
+    packed["data"]["packing"] = True
+    screen = Screen()
+    train(screen, **packed)
+    assert "packed rows" in screen.getvalue()
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_cut_and_dropped_examples_are_counted(tmp_path, checkpoint):
+    long = {"messages": [{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y"}]}
+    cut = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 100}]}
+    data = write_jsonl(tmp_path / "a.jsonl", [long, cut, chat(0), chat(1)])
+    screen = Screen()
+    train(screen, dry_run=True, **tree(checkpoint, data, tmp_path / "run"))
+    assert "3 examples" in screen.getvalue()
+    assert "2 cut at max_length, 1 of them dropped" in screen.getvalue()
+
+
+def test_data_without_a_token_that_counts_is_refused(tmp_path, checkpoint):
+    long = {"messages": [{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y"}]}
+    data = write_jsonl(tmp_path / "a.jsonl", [long] * 4)
+    with pytest.raises(ConfigError, match=r"All 4 examples of .* cut at `data\.max_length: 64`"):
+        train(**tree(checkpoint, data, tmp_path / "run"))
+
+
+def test_a_template_that_marks_no_turns_is_refused_until_one_is_given(tmp_path, chats):
+    folder = tmp_path / "model"
+    Qwen3MoeForCausalLM(tiny_config()).save_pretrained(folder)
+    bare = byte_tokenizer().chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    byte_tokenizer(bare).save_pretrained(folder)
+    config = tree(folder, chats, tmp_path / "run", steps=1)
+    with pytest.raises(ConfigError, match=r"does not mark assistant turns"):
+        train(**config)
+    (tmp_path / "marked.jinja").write_text(byte_tokenizer().chat_template)
+    config["data"]["chat_template"] = str(tmp_path / "marked.jinja")
+    screen = Screen()
+    train(screen, **config)
+    assert "⟦ab0<|end|>⟧" in screen.getvalue()
+    config["data"] = {"train": str(chats), "loss": "all"}
+    config["out"] = str(tmp_path / "all")
+    screen = Screen()
+    train(screen, **config)
+    assert "⟦say 0<|end|><|assistant|>ab0<|end|>⟧" in screen.getvalue()
+    byte_tokenizer(None).save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    config["out"] = str(tmp_path / "none")
+    with pytest.raises(ConfigError, match="has no chat template"):
+        train(**config)
+
+
+@pytest.mark.parametrize("reporter", ["tensorboard", "trackio"])
+def test_metrics_go_to_a_reporter_too(tmp_path, checkpoint, chats, reporter):
+    train(**tree(checkpoint, chats, tmp_path / "run", report_to=reporter))
+    if reporter == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        [folder] = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
+        events = EventAccumulator(str(folder)).Reload()
+        logged = [event.value for event in events.Scalars("train/loss")]
+        assert logged == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+        assert len(events.Scalars("train/expert_load")) == 3
+    else:
+        assert list(Path(os.environ["TRACKIO_DIR"]).rglob("octavo*"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, chats):
+    Qwen3MoeForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no tokenizer that loads"):
+        train(**tree(tmp_path / "model", chats, tmp_path / "run"))
+
+
+def test_the_written_config_is_yaml_with_every_key(tmp_path, checkpoint, chats):
+    train(dry_run=True, **tree(checkpoint, chats, tmp_path / "run"))
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["train"]["weight_decay"] == 0.0
+    assert written["lora"]["r"] == 4
