@@ -1,7 +1,7 @@
 """Tiny checkpoints on disk, of every architecture and layout, and ways to damage them.
 
-``build`` writes a quantized checkpoint under the names that transformers itself gives the model's tensors, and beside it
-the same weights dequantized, in float32, for stock transformers. Sizes are no multiples of 128 on purpose.
+``build`` writes a quantized checkpoint under the names that transformers itself gives the model's tensors, and
+beside it the same weights dequantized, in float32, for stock transformers. Sizes are no multiples of 128 on purpose.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import quantize
 
 Arch = Literal["glm", "qwen", "deepseek_v3"]
-Layout = Literal["ct-channel", "ct-tensor", "ct-block", "fp8-block", "fp8-tensor", "ue8m0", "modelopt", "fbgemm", "bf16"]
+Layout = Literal[
+    "ct-channel", "ct-tensor", "ct-block", "fp8-block", "fp8-tensor", "ue8m0", "modelopt", "fbgemm", "bf16"
+]
 Files = Literal["one", "shuffled"]
 
 ARCHS: tuple[Arch, ...] = ("glm", "qwen", "deepseek_v3")
@@ -256,7 +258,13 @@ def _config(arch: Arch, sizes: dict[str, Any]) -> Any:
     from transformers import DeepseekV3Config, Glm4MoeLiteConfig, Qwen3MoeConfig
 
     if arch == "qwen":
-        own = {"num_experts": 6, "num_key_value_heads": 2, "head_dim": 48, "norm_topk_prob": True, "mlp_only_layers": [0]}
+        own = {
+            "num_experts": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 48,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        }
         return Qwen3MoeConfig(**{**SIZES, **own, **sizes})
     if arch == "glm":
         return Glm4MoeLiteConfig(**{**SIZES, **MLA, "n_group": 1, "topk_group": 1, **sizes})

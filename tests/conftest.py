@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from .checkpoints import Built, build
+from tests.checkpoints import Built, build
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
-    """``built(arch=, layout=, ...)``: ``checkpoints.build`` with these arguments, once a session. Not to be written to."""
+    """``built(arch=, layout=, ...)``: ``checkpoints.build`` with these arguments, once a session; not to be changed."""
     folder: Path = tmp_path_factory.mktemp("checkpoints")
     known: dict[str, Built] = {}
 

@@ -90,7 +90,13 @@ def scheme_of(raw):
             "float",
         ),
         (compressed(sparsity_config={"format": "dense"}), ScaleLayout("channel"), "none", None, "float"),
-        (compressed(activations={**EIGHT, "strategy": "tensor", "dynamic": True}), None, "dynamic-tensor", None, "float"),
+        (
+            compressed(activations={**EIGHT, "strategy": "tensor", "dynamic": True}),
+            None,
+            "dynamic-tensor",
+            None,
+            "float",
+        ),
         (
             {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
             ScaleLayout("tensor"),
@@ -125,7 +131,8 @@ def test_a_config_of_a_multimodal_model():
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"text_config": {"num_experts": 4}}])
 def test_unquantized(config):
-    assert parse_scheme(config) is None and quantization_config(config) is None
+    assert parse_scheme(config) is None
+    assert quantization_config(config) is None
 
 
 @pytest.mark.parametrize("name", ["modules_to_not_convert", "ignored_layers"])
@@ -144,7 +151,8 @@ def test_skip_lists_of_fp8(name):
 
 def test_a_skip_list_may_be_null():
     scheme = scheme_of(fp8(modules_to_not_convert=None))
-    assert scheme.layout_of("lm_head") is None and scheme.layout_of("model.layers.0.mlp.up_proj") == BLOCK_128
+    assert scheme.layout_of("lm_head") is None
+    assert scheme.layout_of("model.layers.0.mlp.up_proj") == BLOCK_128
 
 
 def test_several_groups_and_their_words():
@@ -250,7 +258,7 @@ def test_a_mixture_of_fp8_and_int4_is_ours_to_refuse():
     raw = compressed()
     raw["config_groups"]["group_1"] = {"targets": ["re:.*down.*"], "weights": {"num_bits": 4, "type": "int"}}
     assert is_fp8(raw)
-    with pytest.raises(CheckpointError, match="group_1.*num_bits 4"):
+    with pytest.raises(CheckpointError, match=r"group_1.*num_bits 4"):
         scheme_of(raw)
 
 
@@ -273,6 +281,7 @@ def test_what_is_not_ours(raw):
 
 
 def test_no_torch_to_read_a_config():
-    code = "import sys, octavo.formats.scheme, octavo.checkpoint.accounting, octavo.checkpoint.survey; print('torch' in sys.modules)"
+    modules = "octavo.formats.scheme, octavo.checkpoint.accounting, octavo.checkpoint.survey"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -16,7 +16,11 @@ from octavo.formats.weight import Float8Weight, multipliers, quantize
 
 CHANNEL, TENSOR = ScaleLayout("channel"), ScaleLayout("tensor")
 # One that cuts nothing, DeepSeek's, and odd ones that leave partial blocks on both edges.
-LAYOUTS = [CHANNEL, TENSOR, *(ScaleLayout("block", b) for b in ((1, 1), (128, 128), (32, 48), (7, 5), (1, 32), (64, 1)))]
+LAYOUTS = [
+    CHANNEL,
+    TENSOR,
+    *(ScaleLayout("block", b) for b in ((1, 1), (128, 128), (32, 48), (7, 5), (1, 32), (64, 1))),
+]
 E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 E4M3_VALUES = E4M3_VALUES[~E4M3_VALUES.isnan()].unique()
 
@@ -65,7 +69,8 @@ def test_quantize_is_the_nearest_code(layout, shape, seed, exponent, kind):
 
     assert found.scales.shape == (num_experts, parts, *layout.grid(rows, cols))
     assert found.codes.shape == (num_experts, parts, rows, cols)
-    assert (found.scales > 0).all() and found.scales.isfinite().all()
+    assert (found.scales > 0).all()
+    assert found.scales.isfinite().all()
     assert torch.equal(found.scales.to(kind[1]).float(), found.scales)
     if kind[0] == "ue8m0":
         assert (torch.frexp(found.scales)[0] == 0.5).all()
@@ -90,7 +95,8 @@ def test_dequantize_is_the_float64_product_rounded_once(layout, shape, seed, exp
     # 4 by 24 bits of mantissa: the float64 product is exact, so its rounding is the only one.
     want = (values(found) * spread(found)).float().view(num_experts, parts * rows, cols)
     got = found.dequantize()
-    assert torch.equal(got, want) and got.is_contiguous()
+    assert torch.equal(got, want)
+    assert got.is_contiguous()
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(found.dequantize(dtype), want.to(dtype))
 
@@ -136,7 +142,8 @@ def test_representable_values_survive(layout, scale):
 def test_extremes_stay_finite(layout, scale_format, value):
     weight = torch.full((40, 60), value)
     found = quantize(weight, layout, scale_format=scale_format)
-    assert (found.scales > 0).all() and found.scales.isfinite().all()
+    assert (found.scales > 0).all()
+    assert found.scales.isfinite().all()
     # Below 2^-126 x 2^-10 a value is nearer to zero than to the smallest code; everything else keeps 4 bits.
     assert torch.allclose(found.dequantize()[0], weight, rtol=2.0**-4, atol=2.0**-136)
     assert found.dequantize().isfinite().all()
@@ -181,7 +188,8 @@ def test_storage_is_viewed_and_experts_are_picked(layout):
     codes, scales = found.codes.reshape(5, 140, 130), found.scales.reshape(5, -1, found.scales.shape[-1])
     for stored in (codes, codes.view(torch.uint8)):
         seen = Float8Weight.from_storage(stored, scales, parts=2, block=found.block)
-        assert seen.codes.data_ptr() == stored.data_ptr() and seen.scales.data_ptr() == scales.data_ptr()
+        assert seen.codes.data_ptr() == stored.data_ptr()
+        assert seen.scales.data_ptr() == scales.data_ptr()
         assert (seen.num_experts, seen.parts, seen.rows, seen.out_features, seen.in_features) == (5, 2, 70, 140, 130)
         whole = found.dequantize()
         assert torch.equal(seen.dequantize(), whole)
@@ -196,14 +204,16 @@ def test_a_linear_layer_is_one_expert():
     weight = torch.randn(70, 130)
     found = quantize(weight, ScaleLayout("block", (32, 48)))
     linear = Float8Weight.from_storage(found.codes[0, 0], found.scales[0, 0], block=found.block)
-    assert linear.num_experts == 1 and torch.equal(linear.dequantize(), found.dequantize())
+    assert linear.num_experts == 1
+    assert torch.equal(linear.dequantize(), found.dequantize())
 
 
 def test_dequantize_leaves_storage_alone():
     found = quantize(torch.randn(2, 33, 65), ScaleLayout("block", (16, 16)))
     before = found.codes.view(torch.uint8).clone(), found.scales.clone()
     found.dequantize().zero_()
-    assert torch.equal(found.codes.view(torch.uint8), before[0]) and torch.equal(found.scales, before[1])
+    assert torch.equal(found.codes.view(torch.uint8), before[0])
+    assert torch.equal(found.scales, before[1])
 
 
 def test_what_is_no_code_is_refused():

@@ -117,7 +117,7 @@ def _refuse_hidden_fp8(found: files.Source, entries: Mapping[str, TensorEntry]) 
     for entry in entries.values():
         if entry.dtype in _FP8:
             problems.add(
-                Kind.UNDECLARED,
+                Kind.UNEXPLAINED,
                 f"{entry.file.name} has {entry.key!r} as {entry.dtype}, and {files.CONFIG} has no quantization_config",
             )
     problems.raise_first(str(found.folder))
@@ -241,7 +241,7 @@ class _Sorter:
         if scale is None:
             if verdict.activation == "static-tensor":
                 self.problems.add(
-                    Kind.MISSING_SCALE,
+                    Kind.MISSING_ACTIVATION,
                     f"{module!r} has static activations ({verdict.why}), expected "
                     f"'{module}.{self.scheme.activation_suffix}' beside its weight",
                 )

@@ -60,8 +60,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
                 raise CheckpointError(
-                    f"{file.name} has {size} bytes and says that {length} of them are its header, which cannot be. "
-                    f"{_AGAIN}"
+                    f"{file} has {size} bytes and says that {length} of them are its header, which cannot be. {_AGAIN}"
                 )
             text = stream.read(length)
     except OSError as error:
@@ -82,11 +81,9 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
         if isinstance(header, dict) and text.count(b'"data_offsets"') != len(header) - ("__metadata__" in header):
             json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"the header of {file.name} is not JSON ({error}). {_AGAIN}") from error
+        raise CheckpointError(f"the header of {file} is not JSON ({error}). {_AGAIN}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(
-            f"the header of {file.name} is a JSON {type(header).__name__}, expected an object. {_AGAIN}"
-        )
+        raise CheckpointError(f"the header of {file} is a JSON {type(header).__name__}, expected an object. {_AGAIN}")
     return header
 
 
@@ -95,7 +92,7 @@ def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise CheckpointError(f"the header of {file.name} has the key {twice!r} twice. {_AGAIN}")
+        raise CheckpointError(f"the header of {file} has the key {twice!r} twice. {_AGAIN}")
     return found
 
 
@@ -115,16 +112,14 @@ def _entry(file: Path, key: str, fields: Any, data: int) -> TensorEntry:
         well_formed = False
     if not well_formed:
         raise CheckpointError(
-            f"{file.name}: the header gives {key!r} as {fields!r}, expected dtype, shape and data_offsets. {_AGAIN}"
+            f"{file}: the header gives {key!r} as {fields!r}, expected dtype, shape and data_offsets. {_AGAIN}"
         )
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise CheckpointError(
-            f"{file.name}: {key!r} has the dtype {dtype!r}, which safetensors does not define. {_AGAIN}"
-        )
+        raise CheckpointError(f"{file}: {key!r} has the dtype {dtype!r}, which safetensors does not define. {_AGAIN}")
     if (end - start) * 8 != math.prod(shape) * bits:
         raise CheckpointError(
-            f"{file.name}: {key!r} is {dtype} of shape {list(shape)}, {math.prod(shape) * bits / 8:g} bytes, and the "
+            f"{file}: {key!r} is {dtype} of shape {list(shape)}, {math.prod(shape) * bits / 8:g} bytes, and the "
             f"header gives it {end - start}. {_AGAIN}"
         )
     return TensorEntry(key, file, dtype, shape, data + start, data + end)
@@ -136,12 +131,12 @@ def _check_ranges(file: Path, entries: Iterable[TensorEntry], data: int, size: i
         if entry.start != position:
             what = "overlaps" if entry.start < position else "leaves a gap after"
             raise CheckpointError(
-                f"{file.name}: {entry.key!r} begins at byte {entry.start} and {what} {before}, which ends at "
+                f"{file}: {entry.key!r} begins at byte {entry.start} and {what} {before}, which ends at "
                 f"{position}. {_AGAIN}"
             )
         position, before = entry.end, entry.key
     if position != size:
         found = "is cut off" if position > size else "has bytes that belong to no tensor"
         raise CheckpointError(
-            f"{file.name} {found}: its header accounts for {position} bytes, the file has {size}. {_AGAIN}"
+            f"{file} {found}: its header accounts for {position} bytes, the file has {size}. {_AGAIN}"
         )

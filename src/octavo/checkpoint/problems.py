@@ -24,9 +24,17 @@ class Kind(Enum):
         "FP8 weights are in layers that the config leaves unquantized",
         "Correct the list of unquantized modules in config.json, or quantize again.",
     )
+    UNEXPLAINED = (
+        "tensors are FP8 in a checkpoint that says it is not quantized",
+        "config.json lost its quantization_config: get the checkpoint's own.",
+    )
     MISSING_SCALE = (
         "FP8 weights have no scale",
         "Without its scale a weight is off by orders of magnitude: get the file that has it, or quantize again.",
+    )
+    MISSING_ACTIVATION = (
+        "FP8 weights have no activation scale",
+        "The config says that activations are quantized statically: correct it, or get the file that has the scale.",
     )
     SHAPE = (
         "scales do not have the shape of the declared layout",
@@ -35,13 +43,13 @@ class Kind(Enum):
     SCALE_DTYPE = "scales have a dtype that is not a scale's", "Store scales as float32, bfloat16, or e8m0 for ue8m0."
     ORPHAN = (
         "scales belong to no FP8 weight",
-        "Either the weight is missing or these scales would be dropped: get the complete checkpoint.",
+        "Nothing would read such a scale: get the complete checkpoint, and one of a single version.",
     )
     UNKNOWN = (
         "tensors of a quantization that the config does not declare",
         "Nothing would read them: correct config.json, or use the checkpoint with the tool that wrote it.",
     )
-    EXPERTS = "experts are missing", "Download the missing shards or convert the checkpoint again."
+    EXPERTS = "layers lack experts", "Download the missing shards or convert the checkpoint again."
     PARTIAL = (
         "expert layers are quantized in part",
         "The experts of a layer are stacked: quantize all of them, with one layout, or none.",
@@ -66,5 +74,5 @@ class Problems:
         (kind, details), *others = found
         plural, advice = kind.value
         first = details[0] if len(details) == 1 else f"{len(details)} {plural}; first, {details[0]}"
-        also = "".join(f" Also: {len(more)} {other.value[0]}." for other, more in others)
+        also = "".join(f" Also: {other.value[0]} ({len(more)})." for other, more in others)
         raise CheckpointError(f"{where}: {first}. {advice}{also}")
