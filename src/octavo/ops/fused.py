@@ -1,0 +1,314 @@
+"""The stages of an expert MLP on Triton kernels: gather in the loads, LoRA in the accumulator, the gate in the epilogue.
+
+One engine, three ways to multiply, chosen per product:
+
+``bank``    a chunk of experts is dequantized into one reusable bfloat16 buffer (at most :data:`CHUNK_BYTES`), then
+            multiplied; the range of experts is applied on the device.
+``codes``   E4M3 tiles are widened inside the product (W8A16).
+``scaled``  E4M3 by E4M3 on the FP8 tensor cores (W8A8), the numerics ``fp8`` and ``fp8_grad``.
+
+No stage asks the device for a value, so a layer can be captured in a CUDA graph; every sum has a fixed order.
+
+Legend: ``T`` tokens, ``M`` rows sorted by expert, ``H`` hidden, ``G`` width of the up product (2I with SwiGLU), ``I``
+expert intermediate size, ``R`` LoRA rank, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from octavo.errors import EngineError
+from octavo.formats.weight import Float8Weight
+from octavo.ops.dequant import CHUNK_BYTES
+from octavo.ops.engines import ProductEngine, Projection, ProjectionGrads, Wants
+from octavo.ops.gates import Gate, SwiGlu
+from octavo.ops.reference import Numerics, folds_into_rows
+from octavo.ops.routing import Routing
+from octavo.ops.weights import storage
+
+if TYPE_CHECKING:
+    from octavo.ops.kernels.product import Gradient, Lora, Operand
+    from octavo.ops.kernels.rows import Rounded
+
+Way = Literal["bank", "codes", "scaled"]
+Site = Literal["up", "down", "down_grad", "up_grad"]
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot be used in this process, or ``None``."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def unsupported(x: Tensor, *sides: Projection) -> str | None:
+    """Why the kernels cannot compute these operands, or ``None``."""
+    if reason := triton_missing():
+        return reason
+    from octavo.ops.kernels.common import INTERPRETED
+
+    if x.device.type != "cuda" and not INTERPRETED:
+        return f"its kernels need a CUDA device and the activations are on {x.device.type}"
+    # the interpreter's own rounding to bfloat16 truncates, so it is given float32
+    if x.dtype != (torch.float32 if INTERPRETED else torch.bfloat16):
+        return f"its kernels take bfloat16 activations, not {x.dtype}"
+    for side in sides:
+        if not isinstance(side.weight, Float8Weight):
+            return "its kernels read FP8 codes, and this weight is not quantized"
+        if side.bias is not None:
+            return "its kernels add no bias"
+        if side.weight.in_features % 16 or side.weight.out_features % 16:
+            return f"rows of 16 bytes are needed, and the weight is [{side.weight.out_features}, {side.weight.in_features}]"
+    return None
+
+
+@dataclass(frozen=True)
+class KernelEngine(ProductEngine):
+    """See the module's docstring. ``dequant`` computes what its kernels do not take through :class:`ProductEngine`,
+    which dequantizes in chunks as well; ``fused`` and ``scaled`` raise.
+    """
+
+    def _kernels(self, x: Tensor, *sides: Projection) -> bool:
+        reason = unsupported(x, *sides)
+        if reason and self.name != "dequant":
+            raise EngineError(f"engine {self.name!r} cannot run this layer: {reason}. Choose engine 'auto'.")
+        return reason is None
+
+    def _way(self, site: Site) -> Way:
+        rounded = self.numerics == "fp8" or (self.numerics == "fp8_grad" and site.endswith("grad"))
+        if rounded:
+            return "scaled"
+        return "bank" if self.name == "dequant" else "codes"
+
+    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self._kernels(x_TH, up):
+            return super().up(x_TH, routing, up, gate)
+        from octavo.ops.kernels.product import Operand
+        from octavo.ops.kernels.rows import pass_rows
+
+        weight, x_TH = _codes(up), x_TH.contiguous()
+        xa_MR = _skinny(x_TH, up, routing, routing.token_M)
+        z_MG = x_TH.new_empty((routing.num_rows, weight.out_features))
+        operand = Operand(x_TH, routing.token_M)
+        if self._way("up") == "scaled":
+            # each token once, before the gather
+            _, rounded = pass_rows(x_TH, group=min(weight.block[1], weight.in_features))
+            operand = _rounded(rounded, routing.token_M)
+        lora = _lora(xa_MR, up, transposed=False)
+        if isinstance(gate, SwiGlu):
+            h_MI = x_TH.new_empty((routing.num_rows, weight.rows))
+            self._product("up", operand, weight, routing, z_MG, lora, h=h_MI)
+        else:
+            self._product("down", operand, weight, routing, z_MG, lora)
+            h_MI = self._gate(z_MG, gate)
+        return z_MG, h_MI, xa_MR
+
+    def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
+        if not self._kernels(h_MI, down):
+            return super().down(h_MI, p_TK, routing, down)
+        from octavo.ops.kernels.product import Operand
+        from octavo.ops.kernels.rows import combine, pass_rows
+
+        weight = _codes(down)
+        if self._way("down") == "scaled":
+            group = min(weight.block[1], weight.in_features)
+            factor = None if down.lora is None else down.lora.A_ERK
+            ha_MR, rounded = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=factor, group=group)
+            operand = _rounded(rounded, None)
+        else:
+            ha_MR = _skinny(h_MI, down, routing, None)
+            operand = Operand(h_MI)
+        y_MH = h_MI.new_empty((routing.num_rows, weight.out_features))
+        self._product("down", operand, weight, routing, y_MH, _lora(ha_MR, down, transposed=False))
+        return combine(y_MH, routing.row_TK, routing.offsets_E, p_TK.contiguous()), ha_MR
+
+    def down_backward(
+        self,
+        dy_TH: Tensor,
+        z_MG: Tensor,
+        ha_MR: Tensor | None,
+        p_M: Tensor,
+        routing: Routing,
+        down: Projection,
+        gate: Gate,
+        wants: Wants,
+    ) -> tuple[Tensor, Tensor, ProjectionGrads]:
+        if not self._kernels(dy_TH, down):
+            return super().down_backward(dy_TH, z_MG, ha_MR, p_M, routing, down, gate, wants)
+        from octavo.ops.kernels.outer import outer
+        from octavo.ops.kernels.product import Gradient
+        from octavo.ops.kernels.rows import sum_parts
+
+        weight, offsets_E = _codes(down), routing.offsets_E
+        operand, yb_MR = self._incoming(dy_TH, down, routing, routing.token_M)
+        lora = _lora(yb_MR, down, transposed=True)
+        swiglu = isinstance(gate, SwiGlu)
+        if swiglu:
+            dz_MG = torch.empty_like(z_MG)
+            columns = self._tiles("down_grad", weight, routing).columns
+            shares = dy_TH.new_empty((-(-weight.in_features // columns), routing.num_rows), dtype=torch.float32)
+            self._product("down_grad", operand, weight, routing, dz_MG, lora, gradient=Gradient(z_MG, p_M, shares))
+            dp_M, rows_h = sum_parts(shares, offsets_E), z_MG
+        else:
+            dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
+            self._product("up_grad", operand, weight, routing, dh_MI, lora)
+            # rows past the last offset were never written, here nor in z
+            live_M1 = torch.arange(routing.num_rows, device=dy_TH.device)[:, None] < offsets_E[-1]
+            dh_MI, z_MG = torch.where(live_M1, dh_MI, 0), torch.where(live_M1, z_MG, 0)
+            rows_h = self._gate(z_MG, gate)
+            dp_M = (dh_MI.float() * rows_h.float()).sum(-1)
+            dz_MG = gate.backward(z_MG, (dh_MI * p_M[:, None]).to(z_MG.dtype))
+        lora_A = lora_B = None
+        if wants.lora and down.lora is not None:
+            assert ha_MR is not None
+            assert yb_MR is not None
+            B, A = down.lora.B_ENR.dtype, down.lora.A_ERK.dtype
+            lora_B = outer(dy_TH, ha_MR, offsets_E, rank_first=False, dtype=B, token_M=routing.token_M, p_M=p_M)
+            lora_A = outer(rows_h, yb_MR, offsets_E, rank_first=True, dtype=A, p_M=p_M, gated=swiglu)
+        return dz_MG, dp_M, ProjectionGrads(None, None, lora_A, lora_B)
+
+    def up_backward(
+        self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: Wants
+    ) -> tuple[Tensor | None, ProjectionGrads]:
+        if not self._kernels(dz_MG, up):
+            return super().up_backward(dz_MG, x_TH, xa_MR, routing, up, wants)
+        from octavo.ops.kernels.outer import outer
+        from octavo.ops.kernels.rows import combine
+
+        weight, offsets_E = _codes(up), routing.offsets_E
+        operand, yb_MR = self._incoming(dz_MG, up, routing, None)
+        lora_A = lora_B = dx_TH = None
+        if wants.lora and up.lora is not None:
+            assert xa_MR is not None
+            assert yb_MR is not None
+            B, A = up.lora.B_ENR.dtype, up.lora.A_ERK.dtype
+            lora_B = outer(dz_MG, xa_MR, offsets_E, rank_first=False, dtype=B)
+            x_TH = x_TH.contiguous()
+            lora_A = outer(x_TH, yb_MR, offsets_E, rank_first=True, dtype=A, token_M=routing.token_M)
+        if wants.x:
+            dx_MH = x_TH.new_empty((routing.num_rows, weight.in_features))
+            self._product("up_grad", operand, weight, routing, dx_MH, _lora(yb_MR, up, transposed=True))
+            dx_TH = combine(dx_MH, routing.row_TK, offsets_E, None)
+        return dx_TH, ProjectionGrads(None, None, lora_A, lora_B)
+
+    def _incoming(
+        self, dy: Tensor, side: Projection, routing: Routing, token_M: Tensor | None
+    ) -> tuple[Operand, Tensor | None]:
+        """The input gradient's operand (rounded where the numerics say) and ``dy·B`` [M, R]."""
+        from octavo.ops.kernels.product import Operand
+        from octavo.ops.kernels.rows import pass_rows
+
+        weight, factor = _codes(side), None if side.lora is None else side.lora.B_ENR
+        if self._way("up_grad") != "scaled":
+            yb_MR = None
+            if factor is not None:
+                yb_MR, _ = pass_rows(dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1)
+            return Operand(dy, token_M), yb_MR
+        if folds_into_rows(weight):
+            yb_MR, rounded = pass_rows(
+                dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1, fold_EK=_per_column(weight),
+                group=weight.out_features,
+            )  # fmt: skip
+            return _rounded(rounded, None), yb_MR
+        group = weight.block[0]
+        if token_M is None or factor is None:
+            yb_MR, rounded = pass_rows(dy, offsets_E=routing.offsets_E, factor=factor, contract=1, group=group)
+            return _rounded(rounded, token_M), yb_MR
+        yb_MR, _ = pass_rows(dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1)
+        _, rounded = pass_rows(dy, group=group)
+        return _rounded(rounded, token_M), yb_MR
+
+    def _tiles(self, site: Site, weight: Float8Weight, routing: Routing):  # type: ignore[no-untyped-def]
+        from octavo.ops.kernels.tiles import tiles_for
+
+        way = self._way(site)
+        step = None
+        if way == "scaled" and not folds_into_rows(weight):
+            step = weight.block[0] if site.endswith("grad") else weight.block[1]
+        return tiles_for(f"{way}.{site}", -(-routing.num_rows // weight.num_experts), step)
+
+    def _product(
+        self,
+        site: Site,
+        operand: Operand,
+        weight: Float8Weight,
+        routing: Routing,
+        out: Tensor,
+        lora: Lora | None,
+        *,
+        h: Tensor | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
+        from octavo.ops.kernels import product as kernel
+        from octavo.ops.kernels import weights
+
+        way, tiles, offsets_E = self._way(site), self._tiles(site, weight, routing), routing.offsets_E
+        flip, num_experts = site.endswith("grad"), weight.num_experts
+        more = {"lora": lora, "h": h, "gradient": gradient}
+        if way == "bank":
+            expert_bytes = 2 * weight.out_features * weight.in_features
+            chunks = -(-num_experts * expert_bytes // CHUNK_BYTES)
+            chunk = -(-num_experts // chunks)
+            bank = out.new_empty((chunk, weight.out_features, weight.in_features))
+            for first in range(0, num_experts, chunk):
+                last = min(first + chunk, num_experts)
+                weights.dequantize(weight, offsets_E, first, bank[: last - first])
+                stack = kernel.Stack(bank[: last - first], weight, first, last, flip=flip)
+                kernel.product(operand, stack, offsets_E, out, tiles, scales=kernel.NONE.value, **more)
+            return
+        codes = storage(weight)[0].view(torch.float8_e4m3fn)
+        channel = folds_into_rows(weight)
+        if way == "codes":
+            scales = kernel.COLUMN.value if channel and not flip else kernel.TILE.value
+            stack = kernel.Stack(codes, weight, 0, num_experts, flip=flip, widen=True)
+            kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, left=not flip, **more)
+            return
+        if flip:
+            turned = torch.empty((num_experts, weight.in_features, weight.out_features), dtype=codes.dtype, device=codes.device)
+            weights.transpose(weight, offsets_E, turned)
+            codes = turned
+        scales = kernel.SLAB.value if not channel else kernel.NONE.value if flip else kernel.COLUMN.value
+        stack = kernel.Stack(codes, weight, 0, num_experts, turned=flip)
+        kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, **more)
+
+
+def _codes(side: Projection) -> Float8Weight:
+    assert isinstance(side.weight, Float8Weight)
+    return side.weight
+
+
+def _rounded(rounded: Rounded | None, token_M: Tensor | None) -> Operand:
+    from octavo.ops.kernels.product import Operand
+
+    assert rounded is not None
+    return Operand(rounded.codes, token_M, rounded.scales)
+
+
+def _skinny(x: Tensor, side: Projection, routing: Routing, token_M: Tensor | None) -> Tensor | None:
+    """``x·Aᵀ`` of the rows, [M, R]."""
+    from octavo.ops.kernels.rows import pass_rows
+
+    if side.lora is None:
+        return None
+    return pass_rows(x, offsets_E=routing.offsets_E, token_M=token_M, factor=side.lora.A_ERK)[0]
+
+
+def _lora(xa_MR: Tensor | None, side: Projection, *, transposed: bool) -> Lora | None:
+    from octavo.ops.kernels.product import Lora
+
+    if xa_MR is None or side.lora is None:
+        return None
+    return Lora(xa_MR, side.lora.A_ERK, 1) if transposed else Lora(xa_MR, side.lora.B_ENR, 2)
+
+
+def _per_column(weight: Float8Weight) -> Tensor:
+    """The scale of each output feature, float32 [E, N], of a weight whose scales cover whole rows."""
+    grid = weight.scales[..., 0]
+    if weight.block[0] > 1:
+        grid = grid.repeat_interleave(weight.block[0], 2)[:, :, : weight.rows]
+    return grid.reshape(weight.num_experts, weight.out_features)

@@ -1,0 +1,50 @@
+"""What every kernel shares: finding a tile's expert, and the two facts about how kernels run.
+
+Legend: ``M`` rows sorted by expert, ``E`` experts, ``EP`` E rounded up to a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on CPU tensors."""
+
+
+@triton.jit
+def expert_tiles(offsets_E, first, last, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """Tiles of ``BM`` rows that end with each expert of [first, last): an inclusive prefix sum over experts, [EP]."""
+    e = tl.arange(0, EP)
+    ends = tl.load(offsets_E + e, mask=e < E, other=0)
+    starts = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
+    rows = tl.where((e >= first) & (e < last), ends - starts, 0)
+    return tl.cumsum((rows + BM - 1) // BM, 0)
+
+
+@triton.jit
+def expert_rows(offsets_E, e):
+    """(first row, end) of expert ``e``."""
+    start = tl.load(offsets_E + e - 1, mask=e > 0, other=0)
+    return start, tl.load(offsets_E + e)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Programs that fill the device once; a handful in the interpreter, so that a persistent loop has several turns."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded_rank(rank: int) -> int:
+    """LoRA ranks are padded to what a dot takes."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def bytes_of(codes: Tensor) -> Tensor:
+    """Codes as the float8 that they are, whatever one-byte dtype stores them."""
+    return codes.view(torch.float8_e4m3fn)

@@ -1,0 +1,80 @@
+"""``dW_e = Σ_{m in e} a_m ⊗ b_m`` with a narrow ``b``: the gradients of LoRA factors.
+
+One program per expert and tile of columns walks the expert's rows in order, so the sum is deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, padded_rank
+
+
+@triton.jit
+def outer_kernel(
+    a, b, token_M, p_M, offsets_E, out, stride_e, stride_n, stride_r, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = tl.arange(0, RP)
+    start, end = expert_rows(offsets_E, e)
+    acc = tl.zeros((BN, RP), tl.float32)
+    for m0 in tl.range(start, end, BM):
+        m = m0 + tl.arange(0, BM)
+        mask_m = m < end
+        row = m.to(tl.int64)
+        source = row
+        if GATHER:
+            source = tl.load(token_M + m, mask=mask_m, other=0)
+        mask = mask_m[:, None] & (n < N)[None, :]
+        if GATED:
+            at = source[:, None] * (2 * N) + n[None, :]
+            g = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(a + at + N, mask=mask, other=0.0).to(tl.float32)
+            left = (g * tl.sigmoid(g) * u).to(a.dtype.element_ty)
+        else:
+            left = tl.load(a + source[:, None] * N + n[None, :], mask=mask, other=0.0)
+        mask_b = mask_m[:, None] & (r < R)[None, :]
+        right = tl.load(b + row[:, None] * R + r[None, :], mask=mask_b, other=0.0)
+        if WEIGHTED:
+            p = tl.load(p_M + m, mask=mask_m, other=0.0).to(tl.float32)
+            right = (right.to(tl.float32) * p[:, None]).to(left.dtype)
+        if WIDE:
+            acc = tl.dot(tl.trans(left).to(tl.float32), right.to(tl.float32), acc)
+        else:
+            acc = tl.dot(tl.trans(left), right, acc)
+    at = out + e.to(tl.int64) * stride_e + n[:, None] * stride_n + r[None, :] * stride_r
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (r < R)[None, :])
+
+
+def outer(
+    a: Tensor,
+    b_MR: Tensor,
+    offsets_E: Tensor,
+    *,
+    rank_first: bool,
+    dtype: torch.dtype,
+    token_M: Tensor | None = None,
+    p_M: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """``Σ_m (p_m) a_m ⊗ b_m`` per expert in ``dtype``: [E, N, R], or [E, R, N] with ``rank_first``.
+
+    ``a``: rows [*, N], read at ``token_M`` where given; with ``gated`` they are z = [g, u] [M, 2N] and ``a_m`` is
+    silu(g)·u, rounded to the dtype of z. Zero for an expert without rows.
+    """
+    num_experts, rank = offsets_E.shape[0], b_MR.shape[1]
+    cols = a.shape[1] // 2 if gated else a.shape[1]
+    shape = (num_experts, rank, cols) if rank_first else (num_experts, cols, rank)
+    out = torch.empty(shape, dtype=dtype, device=a.device)
+    strides = (out.stride(0), out.stride(2), out.stride(1)) if rank_first else out.stride()
+    block_n, block_m = (32, 16) if INTERPRETED else (128, 64)
+    outer_kernel[(ceil_div(cols, block_n), num_experts)](
+        a, b_MR, token_M, p_M, offsets_E, out, *strides, N=cols, R=rank, RP=padded_rank(rank),
+        GATHER=token_M is not None, WEIGHTED=p_M is not None, GATED=gated, BM=block_m, BN=block_n, WIDE=INTERPRETED,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
