@@ -24,6 +24,7 @@ from octavo.errors import CheckpointError
 from octavo.integrations import conversions
 from octavo.integrations.claims import Claims, Float8Target, claim
 from octavo.integrations.experts import experts_layout, gate_of, why_not_ours
+from octavo.integrations.peft import install
 from octavo.nn.experts import DenseExperts, Float8Experts, OctavoExperts, adopt_dense, adopt_float8
 from octavo.nn.linear import Float8Linear
 from octavo.nn.settings import Settings
@@ -177,7 +178,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Float8Experts | Float8Linear):
                 module.seal()
         check_values(model, self.claims)
-        adopt_dense_experts(model, self.settings)
+        prepare(model, self.settings)
         self._finish_plain_experts(model)
         conversions.order_for_saving(model)
         return model
@@ -293,6 +294,16 @@ def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:
     return left
 
 
+def prepare(model: PreTrainedModel, settings: Settings) -> list[str]:
+    """Make a loaded model ready for adapters: plain experts take them in the forward too, peft's wrappers are adopted.
+
+    Returns the experts that stay on the model's own forward, with the reason.
+    """
+    left = adopt_dense_experts(model, settings)
+    install()
+    return left
+
+
 def configure(model: nn.Module, *, numerics: str | None = None, engine: str | None = None) -> nn.Module:
     """Change how a loaded model computes: ``numerics`` (exact, fp8_grad, fp8) and ``engine``; ``None`` leaves one as
     it is.
@@ -311,4 +322,4 @@ def configure(model: nn.Module, *, numerics: str | None = None, engine: str | No
     return model
 
 
-__all__ = ["DenseExperts", "OctavoConfig", "OctavoQuantizer", "adopt_dense_experts", "check_values", "configure"]
+__all__ = ["OctavoConfig", "OctavoQuantizer", "adopt_dense_experts", "check_values", "configure", "prepare"]

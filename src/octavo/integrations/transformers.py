@@ -24,9 +24,9 @@ from octavo.integrations.quantizer import (
     PRIVATE_METHOD,
     OctavoConfig,
     OctavoQuantizer,
-    adopt_dense_experts,
     configure,
     logger,
+    prepare,
 )
 from octavo.nn.settings import Settings
 
@@ -90,7 +90,7 @@ def load_model(
         local_files_only=True,
     )
     if ledger.scheme is None and engine != "stock":
-        for left in adopt_dense_experts(model, settings):
+        for left in prepare(model, settings):
             logger.warning("experts stay on transformers' own forward: %s", left)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
     return model
