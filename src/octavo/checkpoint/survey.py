@@ -21,7 +21,9 @@ _PARTS = (
     ("embeddings", re.compile(r"embed|wte|wpe")),
     ("output head", re.compile(r"^(lm_head|output|score)\b")),
 )
-_LAYER = re.compile(r"^(?P<above>.*?)(?:layers|blocks|h)\.(?P<number>\d+)\.(?P<below>.+)$")
+_LAYER = re.compile(r"^(?P<above>(?:.*?\.)?)(?:layers|blocks|h)\.(?P<number>\d+)\.(?P<below>.+)$")
+# How a reader goes through a model; what is not named here comes last.
+_ORDER = ("embeddings", "attention", "dense MLP", "shared experts", "routed experts", "router", "output head")
 _TOWER = re.compile(r"vision|visual|audio|speech")
 
 
@@ -114,9 +116,9 @@ def _place(key: str) -> _Place:
 
 
 def _collapse(tallies: dict[_Place, dict[tuple[str, bool], _Tally]]) -> Iterator[Group]:
-    """One group for each run of equal consecutive layers; what is in no layer stays first or last as in the file."""
+    """One group for each run of equal consecutive layers, part by part."""
     parts = dict.fromkeys(place.part for place in tallies)
-    for part in parts:
+    for part in sorted(parts, key=lambda part: _ORDER.index(part) if part in _ORDER else len(_ORDER)):
         places = sorted((p for p in tallies if p.part == part), key=lambda p: -1 if p.layer is None else p.layer)
         layers = [(place.layer, tallies[place]) for place in places]
         for _, run in groupby(enumerate(layers), key=lambda item: _signature(item[0], *item[1])):

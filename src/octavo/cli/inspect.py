@@ -70,23 +70,26 @@ def to_json(ledger: Ledger, found: Survey) -> dict[str, Any]:
 
 
 def to_tables(ledger: Ledger, found: Survey) -> Group:
-    """The same for a person; sizes in decimal GB."""
+    """The same for a person; sizes in decimal GB, or MB below one."""
+    # A tiny checkpoint would show as zeros.
+    unit, size = ("GB", 1e9) if found.total.nbytes >= 1e9 else ("MB", 1e6)
     layers = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("layers", "right"), ("part", "left"), ("storage", "left"), ("matrices", "right")):
         layers.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    layers.add_column("GB", justify="right", no_wrap=True)
+    layers.add_column(unit, justify="right", no_wrap=True)
     layers.add_column("why", overflow="fold")
     for group in found.groups:
-        layers.add_row(
-            group.layers, group.part, group.storage, f"{group.matrices:,}", _gb(group.nbytes), escape(group.why)
-        )
+        # The storage column has said it.
+        why = group.why.removeprefix(f"{group.storage.removeprefix('FP8 ')} FP8 ")
+        amounts = f"{group.matrices:,}", f"{group.nbytes / size:,.3f}"
+        layers.add_row(group.layers, group.part, group.storage, *amounts, escape(why))
     kinds = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("kind", "tensors", "GB"):
+    for name in ("kind", "tensors", unit):
         kinds.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     for name, kind in found.kinds.items():
-        kinds.add_row(name, f"{kind.tensors:,}", _gb(kind.nbytes))
+        kinds.add_row(name, f"{kind.tensors:,}", f"{kind.nbytes / size:,.3f}")
     kinds.add_section()
-    kinds.add_row("total", f"{found.total.tensors:,}", _gb(found.total.nbytes))
+    kinds.add_row("total", f"{found.total.tensors:,}", f"{found.total.nbytes / size:,.3f}")
     return Group(escape(_headline(ledger)), layers, kinds, *_ignored(ledger), _accounted(ledger, found))
 
 
@@ -121,8 +124,3 @@ def _accounted(ledger: Ledger, found: Survey) -> str:
     assert found.total.tensors == len(ledger.entries)
     files = f"{len(ledger.files)} file{'s' if len(ledger.files) > 1 else ''}"
     return f"Every one of {len(ledger.entries):,} tensors in {files} is accounted for."
-
-
-def _gb(nbytes: int) -> str:
-    # Three decimals: a norm of a 30B model shows as more than nothing, and a tiny checkpoint shows at all.
-    return f"{nbytes / 1e9:,.3f}"
