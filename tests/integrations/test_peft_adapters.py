@@ -1,4 +1,4 @@
-"""The life of an adapter on FP8 modules: every way in, files exchanged with stock peft, several adapters, switches and copies."""
+"""The life of an adapter on FP8 modules: every way in, files exchanged with stock peft, several at once, copies."""
 
 import copy
 import json
@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from octavo.integrations import adoption
-
-from .peft_models import (
+from tests.integrations.peft_models import (
     FAMILIES,
     config_for,
     factors,
@@ -75,7 +74,9 @@ def by_load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 def by_injection(model: nn.Module, folder: Path) -> nn.Module:
     injected = peft.inject_adapter_in_model(config_for("glm"), model)
-    peft.set_peft_model_state_dict(injected, {k.removeprefix("base_model.model."): v for k, v in stored(folder).items()})
+    peft.set_peft_model_state_dict(
+        injected, {k.removeprefix("base_model.model."): v for k, v in stored(folder).items()}
+    )
     return injected
 
 
@@ -205,7 +206,11 @@ def test_a_pattern_that_matches_nothing_is_still_announced():
         peft.get_peft_model(pair("glm").ours, config_for("glm", rank_pattern={"no_such_layer": 2}))
 
 
-@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": tokens()[0, :2].tolist()}], ids=["head", "tokens"])
+@pytest.mark.parametrize(
+    "extra",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": tokens()[0, :2].tolist()}],
+    ids=["head", "tokens"],
+)
 def test_trained_heads_and_tokens(extra, tmp_path):
     models = pair("glm")
     ours, stock = (randomize(peft.get_peft_model(model, config_for("glm", **extra))) for model in models)
@@ -224,7 +229,10 @@ def test_trained_heads_and_tokens(extra, tmp_path):
 
 
 def test_autocast_casts_what_stock_peft_casts():
-    """bf16 products on both sides: their errors are of one size. Every expert is chosen, so that no rounding changes the routing."""
+    """bf16 products on both sides: their errors are of one size.
+
+    Every expert is chosen, so that no rounding changes the routing.
+    """
     models = pair("glm", num_experts_per_tok=6)
     ours, stock = (randomize(peft.get_peft_model(model, config_for("glm"))) for model in models)
     exact = logits(stock)

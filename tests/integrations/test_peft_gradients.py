@@ -6,8 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from octavo.integrations import adoption
-
-from .peft_models import FAMILIES, LAYOUTS, Pair, config_for, gradients, logits, pair, randomize, relative
+from tests.integrations.peft_models import (
+    FAMILIES,
+    LAYOUTS,
+    Pair,
+    config_for,
+    gradients,
+    logits,
+    pair,
+    randomize,
+    relative,
+)
 
 # Both sides compute in float32 and differ in the order of sums only.
 COSINE = 0.99999

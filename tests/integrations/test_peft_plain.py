@@ -1,4 +1,4 @@
-"""Unquantized stacks on octavo's forward: factors handed over as on FP8, transposed stacks included, and merging as in stock peft."""
+"""Unquantized stacks on octavo's forward: factors handed over, transposed stacks included, and merging as stock."""
 
 import copy
 
@@ -11,8 +11,7 @@ from octavo.integrations.experts import experts_layout, gate_of
 from octavo.integrations.peft import install
 from octavo.nn.experts import adopt_dense
 from octavo.nn.settings import Settings
-
-from .peft_models import VOCABULARY, Pair, config_for, gradients, logits, pair, randomize, relative
+from tests.integrations.peft_models import VOCABULARY, Pair, config_for, gradients, logits, pair, randomize, relative
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 

@@ -8,8 +8,17 @@ from torch import nn
 
 from octavo.errors import AdapterError
 from octavo.integrations import adoption
-
-from .peft_models import ATTENTION, config_for, factors, gradients, logits, pair, randomize, relative, sealed
+from tests.integrations.peft_models import (
+    ATTENTION,
+    config_for,
+    factors,
+    gradients,
+    logits,
+    pair,
+    randomize,
+    relative,
+    sealed,
+)
 
 
 def q_proj_config(**changes):
@@ -56,7 +65,9 @@ def test_each_layer_refuses_to_merge_by_itself(safe):
 def test_an_adapter_without_fp8_layers_merges():
     ours = pair("glm", plain=lambda name: "layers.0." in name).ours
     model = peft.get_peft_model(ours, config_for("glm"), adapter_name="all")
-    model.add_adapter("first", config_for("glm", target_parameters=None, target_modules=["o_proj"], layers_to_transform=0))
+    model.add_adapter(
+        "first", config_for("glm", target_parameters=None, target_modules=["o_proj"], layers_to_transform=0)
+    )
     model.base_model.set_adapter("first")
     randomize(model).eval()
     want = logits(model)
@@ -155,7 +166,9 @@ def test_lora_that_only_adds_to_the_output_is_exact(changes):
 
 def test_eva_starts_from_the_inputs_of_fp8_layers():
     models = pair("glm")
-    batches = [{"input_ids": torch.randint(1, 90, (4, 12), generator=torch.Generator().manual_seed(s))} for s in range(4)]
+    batches = [
+        {"input_ids": torch.randint(1, 90, (4, 12), generator=torch.Generator().manual_seed(s))} for s in range(4)
+    ]
     drawn = []
     for model in models:
         config = q_proj_config(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
@@ -171,7 +184,9 @@ def test_eva_starts_from_the_inputs_of_fp8_layers():
 
 
 OTHER_METHODS = {
-    "ia3": peft.IA3Config(target_modules=["q_a_proj", "o_proj"], feedforward_modules=["o_proj"], init_ia3_weights=False),
+    "ia3": peft.IA3Config(
+        target_modules=["q_a_proj", "o_proj"], feedforward_modules=["o_proj"], init_ia3_weights=False
+    ),
     "loha": peft.LoHaConfig(r=4, target_modules=["q_a_proj"], init_weights=False),
     "lokr": peft.LoKrConfig(r=4, target_modules=["q_a_proj"], init_weights=False),
 }

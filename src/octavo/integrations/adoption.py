@@ -1,8 +1,9 @@
 """peft's layers over octavo's modules: the classes that they become, and what is refused.
 
-peft builds its stock wrapper and stores the wrapped module in it; at that moment, before any factor exists, the wrapper's class is
-changed to one of these. The names of the classes are peft's own, because peft compares them. Two facts make stock wrappers wrong on FP8:
-``lora.ParamWrapper`` adds ``BA`` to the codes without their scale, and every ``merge`` writes into the codes.
+peft builds its stock wrapper and stores the wrapped module in it; at that moment, before any factor exists, the
+wrapper's class is changed to one of these. The names of the classes are peft's own, because peft compares them. Two
+facts make stock wrappers wrong on FP8: ``lora.ParamWrapper`` adds ``BA`` to the codes without their scale, and every
+``merge`` writes into the codes.
 """
 
 import re
@@ -60,9 +61,9 @@ def _adopt_layer(layer: Any, base: nn.Module) -> None:
         layer.__class__ = _subclass(_NoMerge, type(layer))
     else:
         raise AdapterError(
-            f"{type(layer).__module__}.{type(layer).__name__} was put on {describe(base)}, and it may read the weight, which holds FP8 codes. "
-            f"On FP8 layers octavo runs peft's {_METHODS}; use one of these, or target layers that are not FP8. "
-            "The model is partly wrapped now: load it again."
+            f"{type(layer).__module__}.{type(layer).__name__} was put on {describe(base)}, and it may read the weight, "
+            f"which holds FP8 codes. On FP8 layers octavo runs peft's {_METHODS}; use one of these, or target layers "
+            "that are not FP8. The model is partly wrapped now: load it again."
         )
 
 
@@ -70,8 +71,8 @@ def _check_parameter(base: nn.Module, name: str) -> None:
     names = base.experts_layout.names if isinstance(base, OctavoExperts) else ("weight",)
     if name not in names:
         raise AdapterError(
-            f"target_parameters names {name!r} of {describe(base)}, and LoRA is possible there on {' and '.join(names)} only. "
-            "Take the name out of target_parameters, and load the model again."
+            f"target_parameters names {name!r} of {describe(base)}, and LoRA is possible there on "
+            f"{' and '.join(names)} only. Take the name out of target_parameters, and load the model again."
         )
 
 
@@ -79,8 +80,9 @@ def _refuse_copy(module: nn.Module) -> None:
     found = next((part for part in module.modules() if isinstance(part, FLOAT8)), None)
     if found is not None:
         raise AdapterError(
-            f"modules_to_save (or a full fine-tuned copy) asks to train {describe(found)} itself, and FP8 codes cannot be trained. "
-            "Put LoRA on it, or name modules that are not FP8, such as lm_head or embed_tokens. Load the model again."
+            f"modules_to_save (or a full fine-tuned copy) asks to train {describe(found)} itself, and FP8 codes "
+            "cannot be trained. Put LoRA on it, or name modules that are not FP8, such as lm_head or embed_tokens. "
+            "Load the model again."
         )
 
 
@@ -97,9 +99,10 @@ def refused_merge(names: list[str]) -> AdapterError:
     """The error for merging into the FP8 modules called or described by ``names``."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return AdapterError(
-        f"An adapter cannot be merged into {names[0]}{more}: the weight is FP8 codes, and adding BA to them would lose the scale "
-        "or round the update away. Nothing was merged. Keep the adapter separate (save_pretrained on the peft model, "
-        "PeftModel.from_pretrained to use it); `octavo merge` writes a merged checkpoint; unload() gives back the bare model."
+        f"An adapter cannot be merged into {names[0]}{more}: the weight is FP8 codes, and adding BA to them would lose "
+        "the scale or round the update away. Nothing was merged. Keep the adapter separate (save_pretrained on the "
+        "peft model, PeftModel.from_pretrained to use it); `octavo merge` writes a merged checkpoint; unload() gives "
+        "back the bare model."
     )
 
 
@@ -121,13 +124,13 @@ class _NoMerge:
 class _Tuner:
     """A tuner of peft on a model with octavo's modules.
 
-    It refuses to merge into FP8 before the first layer is touched, by the layer's full name: layer by layer, the plain layers ahead of
-    the first FP8 one would be merged and lose their adapter before the refusal.
+    It refuses to merge into FP8 before the first layer is touched, by the layer's full name: layer by layer, the plain
+    layers ahead of the first FP8 one would be merged and lose their adapter before the refusal.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            # peft compares these patterns with modules only, and says that they were ignored when they matched parameters
+            # peft compares these patterns with modules only, and says "ignored" of those that matched parameters
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
         tuner: Any = self
@@ -188,13 +191,14 @@ class _Lora:
         # EVA collects the inputs of modules; peft does not do so for parameters
         if init not in _BLIND_INITS or (init == "eva" and wrapped):
             raise AdapterError(
-                f"init_lora_weights={init!r} does not work on {describe(base)}: it reads the base weight, or inputs that peft does not "
-                "collect there. Use True or 'gaussian' ('eva' too, on FP8 linear layers by target_modules), and load the model again."
+                f"init_lora_weights={init!r} does not work on {describe(base)}: it reads the base weight, or inputs "
+                "that peft does not collect there. Use True or 'gaussian' ('eva' too, on FP8 linear layers by "
+                "target_modules), and load the model again."
             )
         if layer.resolve_lora_variant(config=config) is not None:
             raise AdapterError(
-                f"{_variant(config)} does not work on {describe(base)}: it reads the base weight, which holds FP8 codes. "
-                "Use plain LoRA or use_rslora there, and load the model again."
+                f"{_variant(config)} does not work on {describe(base)}: it reads the base weight, which holds FP8 "
+                "codes. Use plain LoRA or use_rslora there, and load the model again."
             )
 
 
@@ -209,15 +213,16 @@ def _variant(config: Any) -> str:
 
 
 class Linear(_NoMerge, _Lora, StockLinear):  # type: ignore[misc]
-    """``lora.Linear`` over :class:`Float8Linear`: ``y = base(x) + s · B(A(dropout(x)))``. peft's own forward is right here."""
+    """``lora.Linear`` over :class:`Float8Linear`: ``y = base(x) + s · B(A(dropout(x)))``, by peft's own forward."""
 
 
 class ParamWrapper(_Lora, StockParamWrapper):  # type: ignore[misc]
     """``lora.ParamWrapper`` over a stack of experts, FP8 or plain, or over the weight of :class:`Float8Linear`.
 
-    On a stack [E, out, in] (or its transpose) the factors of the active adapters are handed to the experts' own forward:
-    A as ``[E, r, in]`` from peft's ``[r·E, in]``, where the expert is slowest, and B as ``[E, out, r]`` from ``[out, r·E]``, where it is fastest.
-    On a weight [out, in] it is ``lora.Linear``'s arithmetic. W + BA is never built.
+    On a stack [E, out, in] (or its transpose) the factors of the active adapters are handed to the experts' own
+    forward: A as ``[E, r, in]`` from peft's ``[r·E, in]``, where the expert is slowest, and B as ``[E, out, r]`` from
+    ``[out, r·E]``, where it is fastest. On a weight [out, in] it is ``lora.Linear``'s arithmetic. W + BA is never
+    built.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """peft on octavo's modules: adoption of stock wrappers at the moment peft puts them on a module.
 
-:func:`install` registers one hook with torch. It looks at three attribute names that peft uses, acts only where the module stored there is
-octavo's (or, for merging, a model that holds FP8 layers), and does nothing per forward.
+:func:`install` registers one hook with torch. It looks at three attribute names that peft uses, acts only where the
+module stored there is octavo's (or, for merging, a model that holds FP8 layers), and does nothing per forward.
 """
 
 import sys
@@ -10,6 +10,20 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from octavo.integrations.announced import check_targets, trainable_parameters
+from octavo.integrations.lora_config import expert_rank_note, lora_config
+from octavo.integrations.targets import find_weights, group_of
+
+__all__ = [
+    "check_targets",
+    "expert_rank_note",
+    "find_weights",
+    "group_of",
+    "install",
+    "lora_config",
+    "trainable_parameters",
+]
+
 # Where peft keeps a wrapped layer, the model of a tuner, and the module that modules_to_save copies.
 _NAMES = ("base_layer", "model", "original_module")
 
@@ -17,7 +31,7 @@ _installed: list[RemovableHandle] = []
 
 
 def install() -> None:
-    """Adopt peft's wrappers over octavo's modules from now on, in this process. Called when a model is loaded; again does nothing."""
+    """Adopt peft's wrappers over octavo's modules from now on, in this process; a second call does nothing."""
     if not _installed:
         _installed.append(register_module_module_registration_hook(_on_registration))
 
