@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from octavo.checkpoint.accounting import Ledger
+from octavo.checkpoint.headers import TensorEntry
 from octavo.errors import CheckpointError
 from octavo.formats.weight import Float8Weight, multipliers
 from octavo.integrations.claims import Float8Target
@@ -48,8 +48,8 @@ class ToGrid(ConversionOps):  # type: ignore[misc]
     # transformers hands tensors to operations that carry this as the file has them, without casting them first
     hf_quantizer = True
 
-    def __init__(self, ledger: Ledger, *, alone: bool = False) -> None:
-        self.ledger, self.alone = ledger, alone
+    def __init__(self, entries: Mapping[str, TensorEntry], *, alone: bool = False) -> None:
+        self.entries, self.alone = entries, alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ToGrid":
         return self
@@ -62,14 +62,18 @@ class ToGrid(ConversionOps):  # type: ignore[misc]
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return FromGrid(self.ledger, alone=self.alone)
+        return FromGrid(self.entries, alone=self.alone)
 
 
 class FromGrid(ConversionOps):  # type: ignore[misc]
-    """Saves scales: each grid goes back to the dtype and shape that the file had for its key."""
+    """Saves scales: each grid goes back to the dtype and shape that the file had for its key.
 
-    def __init__(self, ledger: Ledger, *, alone: bool = False) -> None:
-        self.ledger, self.alone = ledger, alone
+    ``entries``: the file's scales by the names that transformers gives them *before* it applies its own renamings in
+    reverse (``mlp.experts.0.w2`` for a ``block_sparse_moe.experts.0.w2`` on disk): that is how they come by here.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry], *, alone: bool = False) -> None:
+        self.entries, self.alone = entries, alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FromGrid":
         return self
@@ -83,10 +87,10 @@ class FromGrid(ConversionOps):  # type: ignore[misc]
         prefix = next((first.partition(key)[0] for key in input_dict if key in first), "")
         result = {}
         for key, tensors in input_dict.items():
-            entry = self.ledger.entries.get(prefix + key)
+            entry = self.entries.get(prefix + key)
             if entry is None:
                 raise CheckpointError(
-                    f"{prefix + key!r} cannot be saved as it was read: {self.ledger.folder.name} has no such scale. "
+                    f"{prefix + key!r} cannot be saved as it was read: the checkpoint has no such scale. "
                     "The model's layers were renamed or replaced after loading."
                 )
             result[key] = as_stored(_listed(tensors)[0], entry.dtype, entry.shape)
@@ -94,7 +98,7 @@ class FromGrid(ConversionOps):  # type: ignore[misc]
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return ToGrid(self.ledger, alone=self.alone)
+        return ToGrid(self.entries, alone=self.alone)
 
 
 def _listed(tensors: Any) -> list[Tensor]:
@@ -140,37 +144,52 @@ class FromDense(ConversionOps):  # type: ignore[misc]
         return ToDense(self.target, self.dtype)
 
 
-def with_scales(conversions: list[Any], parameters: set[str], suffixes: Mapping[str, str], ledger: Ledger) -> list[Any]:
+def with_scales(
+    conversions: list[Any], parameters: set[str], suffixes: Mapping[str, str], entries: Mapping[str, TensorEntry]
+) -> list[Any]:
     """The model's ``conversions`` plus a copy of each stacking converter per kind of scale.
 
-    ``suffixes``: last part of an on-disk key (``weight_scale_inv``) to what the stack's parameter is called beside it
-    (``_scale``). Only converters whose target exists with that suffix in ``parameters`` are copied.
+    ``parameters``: names of the stacks' scales, each of which needs a converter. ``suffixes``: last part of an on-disk
+    key (``weight_scale_inv``) to what the stack's parameter is called beside it (``_scale``). ``entries``: as in
+    :class:`FromGrid`.
     """
     result: list[Any] = []
+    covered: set[str] = set()
     for conversion in conversions:
         if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
             result.append(conversion)
             continue
         sources, target = list(conversion._original_source_patterns), conversion._original_target_patterns[0]
+        # some models escape the dots of their names
+        ending = target.replace("\\", "")
         stacks_weights = all(source.endswith(".weight") for source in sources)
         # copies first: before transformers 5.21 the pattern of a weight also matches the name of its scale
         for on_disk, suffix in suffixes.items() if stacks_weights else ():
-            if any(name.endswith(f"{target}{suffix}") for name in parameters):
+            served = {name for name in parameters if name.endswith(f"{ending}{suffix}")}
+            covered |= served
+            if served:
                 copy = WeightConverter(
                     [source.removesuffix("weight") + on_disk for source in sources],
                     target + suffix,
-                    [ToGrid(ledger), *conversion.operations],
+                    [ToGrid(entries), *conversion.operations],
                 )
                 copy.scope_prefix, copy.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
                 result.append(copy)
         result.append(conversion)
+    if left := sorted(parameters - covered):
+        # transformers would leave them uninitialised without a word
+        raise CheckpointError(
+            f"octavo finds no conversion that stacks the scales of {left[0]!r}, though transformers stacks its weights. "
+            "Nothing was loaded. This model's conversions in the installed transformers have a form that octavo does "
+            "not know yet: please report it."
+        )
     return result
 
 
-def linear_scales(suffixes: Mapping[str, str], ledger: Ledger) -> list[Any]:
+def linear_scales(suffixes: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> list[Any]:
     """Converters for the scales of linear layers: ``<layer>.weight_scale_inv`` → ``<layer>.weight_scale``."""
     return [
-        WeightConverter([f".{on_disk}"], [f".{name}"], [ToGrid(ledger, alone=True)])
+        WeightConverter([rf"\.{on_disk}"], [rf"\.{name}"], [ToGrid(entries, alone=True)])
         for on_disk, name in suffixes.items()
     ]
 
