@@ -10,7 +10,7 @@ from octavo.errors import AdapterError, CheckpointError, ConfigError, EngineErro
 
 if TYPE_CHECKING:
     from octavo import demo
-    from octavo.integrations.peft import lora_config
+    from octavo.integrations.lora_config import lora_config
     from octavo.integrations.transformers import configure, describe, enabled, load_model
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOME = {
     "describe": "octavo.integrations.transformers",
     "enabled": "octavo.integrations.transformers",
     "load_model": "octavo.integrations.transformers",
-    "lora_config": "octavo.integrations.peft",
+    "lora_config": "octavo.integrations.lora_config",
 }
 
 

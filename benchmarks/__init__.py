@@ -1,0 +1,1 @@
+"""Time and memory on the shapes of real models: ``python -m benchmarks``."""
