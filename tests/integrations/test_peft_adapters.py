@@ -267,3 +267,24 @@ def test_casting_the_model_leaves_codes_and_scales():
     assert set(after) == set(before)
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert torch.isfinite(logits(ours)).all()
+
+
+@pytest.mark.parametrize("module", ["layers.1.mlp.experts", "layers.0.mlp.gate_proj", "layers.1.self_attn.o_proj"])
+def test_adopted_layers_compile_without_a_break(module):
+    model = randomize(peft.get_peft_model(pair("glm").ours, config_for("glm")))
+    layer = model.base_model.model.get_submodule(f"model.{module}")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(8, layer.get_base_layer().in_features if "experts" not in module else 72, generator=generator)
+    ]
+    if "experts" in module:
+        inputs += [torch.randint(0, 6, (8, 2), generator=generator), torch.rand(8, 2, generator=generator)]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    trained = [parameter for name, parameter in layer.named_parameters() if "lora_" in name]
+    results = []
+    for forward in (layer, compiled):
+        output = forward(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
+    for want, got in zip(*results, strict=True):
+        assert relative(got.detach(), want.detach()) < FORWARD

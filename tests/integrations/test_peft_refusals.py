@@ -62,6 +62,20 @@ def test_each_layer_refuses_to_merge_by_itself(safe):
     assert all(torch.equal(value, before[name]) for name, value in sealed(model).items())
 
 
+def test_stock_peft_still_writes_into_codes():
+    """The reason for all this; the day it fails, peft has learnt that integer weights are codes, and adoption may shrink."""
+    model = randomize(peft.get_peft_model(pair("glm").ours, q_proj_config()))
+    layer = model.base_model.model.model.layers[0].self_attn.q_a_proj
+    for factor in (layer.lora_A, layer.lora_B):
+        factor["default"].weight.data.mul_(10)
+    codes = layer.base_layer.weight.clone()
+    delta = layer.get_delta_weight("default")
+    peft.tuners.lora.Linear.merge(layer, safe_merge=True)
+    # cut to integers, added to codes, without their scale
+    assert torch.equal(layer.base_layer.weight, codes + delta.to(torch.uint8))
+    assert not torch.equal(layer.base_layer.weight, codes)
+
+
 def test_an_adapter_without_fp8_layers_merges():
     ours = pair("glm", plain=lambda name: "layers.0." in name).ours
     model = peft.get_peft_model(ours, config_for("glm"), adapter_name="all")
