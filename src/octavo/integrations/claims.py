@@ -63,6 +63,7 @@ class Claims:
     experts: dict[str, dict[str, Float8Target]]
     linears: dict[str, Float8Target]
     dequantized: dict[str, Float8Target]
+    scales: dict[str, TensorEntry]
 
 
 def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
@@ -118,6 +119,16 @@ class _Names:
             converter = self.converter_of[name] = self._by_pattern[pattern]
             self._part_of[key] = converter.source_patterns.index(pattern)
         return str(name)
+
+    def renamed(self, key: str, target: str) -> str:
+        """``key``, a scale, by the model's names but not stacked; ``target``: the parameter that its weight fills.
+
+        A loader adds or drops the base model's prefix as the target asks for it.
+        """
+        name, dot = str(rename_source_key(key, self.renamings, [])[0]), f"{self.prefix}."
+        if target.startswith(dot) and not name.startswith(dot):
+            return dot + name
+        return name if target.startswith(dot) else name.removeprefix(dot)
 
     def stacked(self, sources: list[QuantizedWeight]) -> tuple[QuantizedWeight, ...]:
         """``sources`` (experts in order) part by part, as the converter concatenates them."""
@@ -238,7 +249,7 @@ def _sort_targets(
     weights: dict[str, list[QuantizedWeight]],
     plain: dict[str, list[TensorEntry]],
 ) -> Claims:
-    claims = Claims({}, {}, {})
+    claims = Claims({}, {}, {}, {})
     kept = _kept_by_default(model)
     for name, sources in weights.items():
         if name in plain:
@@ -255,6 +266,8 @@ def _sort_targets(
                 f"shares {name!r} with weights of another scale layout: {', '.join(map(str, layouts))}.",
             )
         target = Float8Target(name, sources[0].layout, names.stacked(sources))
+        for scale in (entry for source in sources for entry in (source.scale, source.activation) if entry is not None):
+            claims.scales[names.renamed(scale.key, name)] = scale
         converter = names.converter_of.get(name)
         if converter is not None and not _stacks(converter):
             _fail(

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from octavo.checkpoint.accounting import QuantizedWeight
 from octavo.checkpoint.headers import TensorEntry
+from octavo.checkpoint.values import check_codes, check_scales
 from octavo.errors import CheckpointError
 from octavo.formats.weight import Float8Weight, multipliers
 from octavo.integrations.claims import Float8Target
@@ -106,42 +108,74 @@ def _listed(tensors: Any) -> list[Tensor]:
 
 
 class ToDense(ConversionOps):  # type: ignore[misc]
-    """Loads an FP8 embedding or output head: codes × scales, rounded once to ``dtype``."""
+    """Loads an FP8 embedding or output head: codes × scales, rounded once to ``dtype``; remembers the scale as
+    stored.
+    """
 
     hf_quantizer = True
 
     def __init__(self, target: Float8Target, dtype: torch.dtype) -> None:
         self.target, self.dtype = target, dtype
+        self.scale: Tensor | None = None
+        self.problem: CheckpointError | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ToDense":
         return self
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
-        source = self.target.sources[0]
+        source = self.source
         found = {pattern: _listed(tensors)[0] for pattern, tensors in input_dict.items()}
-        # codes are exact in every float dtype, so a loader that cast them by value did no harm
+        # E4M3 is exact in every float dtype, so a loader that cast the codes by value did no harm
         codes = found[source.weight.key].to(torch.float8_e4m3fn)
-        block = self.target.layout.block_of(*codes.shape)
-        weight = Float8Weight.from_storage(codes, as_grid(found[source.scale.key]), block=block)
-        return {target_patterns[0]: weight.dequantize(self.dtype)[0]}
+        self.scale = found[source.scale.key]
+        try:
+            check_scales(f"{source.scale.file.name}: {source.scale.key}", self.scale)
+            check_codes(f"{source.weight.file.name}: {source.weight.key}", codes)
+        except CheckpointError as error:
+            # raised once the loader is done: inside a conversion it would turn every error into a report of its own
+            self.problem = error
+        return {target_patterns[0]: self.weight(codes).dequantize(self.dtype)[0]}
+
+    @property
+    def source(self) -> QuantizedWeight:
+        return self.target.sources[0]
+
+    def weight(self, codes: Tensor) -> Float8Weight:
+        assert self.scale is not None, "the scale is remembered when the weight is loaded"
+        grid = as_grid(self.scale).to(codes.device)
+        return Float8Weight.from_storage(codes, grid, block=self.target.layout.block_of(*codes.shape))
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return FromDense(self.target, self.dtype)
+        return FromDense(self)
 
 
 class FromDense(ConversionOps):  # type: ignore[misc]
-    """Saves what :class:`ToDense` loaded: the codes and the scale that the state dict already brought back."""
+    """Saves what :class:`ToDense` loaded as the codes and the scale that it came from."""
 
-    def __init__(self, target: Float8Target, dtype: torch.dtype) -> None:
-        self.target, self.dtype = target, dtype
+    def __init__(self, loaded: ToDense) -> None:
+        self.loaded = loaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FromDense":
+        return self
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return input_dict
+        source, dense = self.loaded.source, _listed(next(iter(input_dict.values())))[0]
+        # the rounding of the dtype is far below half a step between codes, so the quotient's nearest code is the file's
+        ones = self.loaded.weight(torch.ones_like(dense, dtype=torch.float8_e4m3fn)).dequantize()[0]
+        codes = (dense.to(torch.float32) / ones).to(torch.float8_e4m3fn)
+        if not torch.equal(self.loaded.weight(codes).dequantize(dense.dtype)[0], dense):
+            raise CheckpointError(
+                f"{self.loaded.target.name!r} was FP8 in {source.weight.file.name} and has changed since it was "
+                f"loaded, so it cannot "
+                "be saved under the file's own scale. Save the adapter (save_pretrained on the peft model) instead."
+            )
+        # transformers finds the names' prefix by the first key, and the pattern of the scale comes first
+        return {source.scale.key: self.loaded.scale, source.weight.key: codes}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return ToDense(self.target, self.dtype)
+        return self.loaded
 
 
 def with_scales(
@@ -179,7 +213,8 @@ def with_scales(
     if left := sorted(parameters - covered):
         # transformers would leave them uninitialised without a word
         raise CheckpointError(
-            f"octavo finds no conversion that stacks the scales of {left[0]!r}, though transformers stacks its weights. "
+            f"octavo finds no conversion that stacks the scales of {left[0]!r}, though transformers stacks its "
+            f"weights. "
             "Nothing was loaded. This model's conversions in the installed transformers have a form that octavo does "
             "not know yet: please report it."
         )

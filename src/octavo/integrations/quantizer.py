@@ -73,6 +73,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._ledger: Ledger | None = None
         self._claims: Claims | None = None
         self._dtype = torch.get_default_dtype()
+        self._dense: list[conversions.ToDense] = []
 
     @property
     def ledger(self) -> Ledger:
@@ -140,29 +141,26 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Add the scales' conversions. ``model`` came with transformers 5.21; the claims already hold what it is
         asked for.
         """
-        dense = []
-        for name, target in self.claims.dequantized.items():
-            source = target.sources[0]
-            dense.append(
-                WeightConverter(
-                    [source.weight.key, source.scale.key], [name], [conversions.ToDense(target, self._dtype)]
-                )
-            )
+        self._dense = [conversions.ToDense(target, self._dtype) for target in self.claims.dequantized.values()]
+        # the scale first: before 5.21 the pattern of the weight also matches the name of its scale
+        dense = [
+            WeightConverter([op.source.scale.key, op.source.weight.key], [op.target.name], [op]) for op in self._dense
+        ]
         scales, activations = self._suffixes()
         parameters = {
-            f"{owner}.{stack}{suffix}"
-            for owner, stacks in self.claims.experts.items()
-            for stack in stacks
-            for suffix in ("_scale", "_input_scale")
+            f"{target.name}{suffix}"
+            for stacks in self.claims.experts.values()
+            for target in stacks.values()
+            for suffix in (("_scale", "_input_scale") if target.static_input else ("_scale",))
         }
         stacked = conversions.with_scales(
             weight_conversions,
             parameters,
             dict.fromkeys(scales, "_scale") | dict.fromkeys(activations, "_input_scale"),
-            self.ledger,
+            self.claims.scales,
         )
         linears = conversions.linear_scales(
-            dict.fromkeys(scales, "weight_scale") | dict.fromkeys(activations, "input_scale"), self.ledger
+            dict.fromkeys(scales, "weight_scale") | dict.fromkeys(activations, "input_scale"), self.claims.scales
         )
         return [*dense, *stacked, *linears]
 
@@ -178,6 +176,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Float8Experts | Float8Linear):
                 module.seal()
         check_values(model, self.claims)
+        for problem in (op.problem for op in self._dense if op.problem is not None):
+            raise problem
         prepare(model, self.settings)
         self._finish_plain_experts(model)
         conversions.order_for_saving(model)
