@@ -34,7 +34,7 @@ class Description:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        header = ("module", "layers", "modules", "storage", "engine", "numerics", "GB", "trains")
+        header = ("module", "layers", "modules", "storage", "engine", "numerics", "size", "trains")
         table = [header] + [
             (
                 r.module,
@@ -43,7 +43,7 @@ class Description:
                 r.storage,
                 r.engine,
                 r.numerics,
-                f"{r.gigabytes:.3f}",
+                _size(r.gigabytes),
                 f"{r.trains:,}" if r.trains else "-",
             )
             for r in self.rows
@@ -129,6 +129,10 @@ def _facts(module: nn.Module) -> tuple[str, str, str]:
         return f"FP8 {module.layout}", module.settings.resolve().name, module.settings.numerics
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters(recurse=False)})
     return ", ".join(dtypes), "torch", "-"
+
+
+def _size(gigabytes: float) -> str:
+    return f"{gigabytes:.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:.2f} MB"
 
 
 def _pattern(name: str) -> str:
