@@ -38,15 +38,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chats(tmp_path: Path) -> Path:
     """24 chats in a jsonl file."""
     return write_jsonl(tmp_path / "chats.jsonl", [chat(index) for index in range(24)])
-
-
-def stub():
-    import octavo, peft
-    import octavo.integrations.peft as m
-    if not hasattr(m, "lora_config"):
-        def lora_config(model, r=16, *, alpha=None, modules_to_save=None, **_):
-            return peft.LoraConfig(r=r, lora_alpha=alpha or r, task_type="CAUSAL_LM", target_modules=["q_proj","k_proj","v_proj","o_proj"], target_parameters=["mlp.experts.gate_up_proj","mlp.experts.down_proj"], modules_to_save=modules_to_save)
-        octavo.lora_config=lora_config
-        from transformers import AutoModelForCausalLM
-        octavo.load_model= lambda p, *, dtype=torch.bfloat16, **_: AutoModelForCausalLM.from_pretrained(p, dtype=dtype)
-stub()

@@ -88,7 +88,7 @@ def test_what_is_no_adapter_is_told_apart(tmp_path, run):
         find_adapter(str(tmp_path))
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "checkpoint-10").mkdir()
-    with pytest.raises(ConfigError, match="not finished; its last checkpoint is .*checkpoint-10"):
+    with pytest.raises(ConfigError, match=r"not finished; its last checkpoint is .*checkpoint-10"):
         find_adapter(str(tmp_path))
     with pytest.raises(ConfigError, match="There is no adapter at"):
         find_adapter(str(tmp_path / "nothing"))

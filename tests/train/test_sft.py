@@ -134,6 +134,24 @@ def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):
     assert "`train.lr` differs" in screen.getvalue()
 
 
+def test_a_finished_run_is_left_as_it_is(tmp_path, checkpoint, chats):
+    """transformers itself would take one more step."""
+    out, screen = tmp_path / "run", Screen()
+    first = train(**tree(checkpoint, chats, out))
+    again = train(screen, **tree(checkpoint, chats, out))
+    assert "nothing to do" in screen.getvalue()
+    assert (again.step, again.max_steps, again.adapter, again.loss) == (3, 3, out / "adapter", first.loss)
+    assert len(losses(out)) == 3
+    assert train(**tree(checkpoint, chats, out, steps=4)).step == 4
+    assert len(losses(out)) == 4
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path, checkpoint, chats):
+    result = train(Screen(after="step 2/3"), **tree(checkpoint, chats, tmp_path / "run"))
+    assert (result.signal, result.step) == (None, 3)
+    assert result.adapter is not None
+
+
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
 def test_gradient_checkpointing_changes_no_loss(tmp_path, checkpoint, chats, kind):
     train(**tree(checkpoint, chats, tmp_path / "without", gradient_checkpointing="none"))

@@ -4,7 +4,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, Qwen3MoeForCausalLM
 
-from octavo.train.announce import announced_weights, difference
+from octavo.integrations.announced import rehearse
+from octavo.train.announce import difference
 from octavo.train.trainable import trainable_table, trainable_tensors
 
 from .tiny import tiny_config
@@ -80,7 +81,7 @@ def test_what_peft_does_on_its_own_to_mixture_of_experts_targets_is_said():
     """peft 0.21 turns gate_proj and the like into the stacked experts: the dense layer is dropped, experts come in."""
     base = Qwen3MoeForCausalLM(tiny_config())
     config = LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj"])
-    announced = announced_weights(base, config)
+    announced = rehearse(base, config).named
     assert announced == {
         f"model.layers.{name}.weight"
         for name in ("0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.gate_proj", "0.mlp.up_proj")
@@ -99,7 +100,7 @@ def test_what_trains_as_announced_makes_no_difference(targets):
     # Without experts, where peft rewrites nothing.
     base = Qwen3MoeForCausalLM(tiny_config(mlp_only_layers=[0, 1]))
     config = LoraConfig(r=2, target_modules=targets)
-    announced = announced_weights(base, config)
+    announced = rehearse(base, config).named
     assert announced
     assert difference(announced, get_peft_model(base, config)).lines() == []
 

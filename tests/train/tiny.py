@@ -51,8 +51,8 @@ def tiny_config(**changes: object) -> Qwen3MoeConfig:
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "tie_word_embeddings": False,
-            "pad_token_id": 256,
-            "eos_token_id": 257,
+            "pad_token_id": 257,
+            "eos_token_id": 256,
             **changes,
         }
     )

@@ -1,6 +1,8 @@
 """``octavo sft CONFIG.yaml``."""
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +32,9 @@ def sft(
     from octavo.train.run import sft as train
 
     console = Console(stderr=as_json_output)
-    result = train(run, console, dry_run=dry_run)
+    # trackio prints to stdout, which is for the JSON alone.
+    with redirect_stdout(sys.stderr) if as_json_output else nullcontext():
+        result = train(run, console, dry_run=dry_run)
     if result.main_process:
         console.print(farewell(result, dry_run=dry_run), highlight=False, soft_wrap=True)
         if as_json_output:

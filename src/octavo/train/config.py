@@ -71,7 +71,10 @@ class LoraSection(_Section):
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A; peft allows 0 only where experts train.")
     modules_to_save: tuple[str, ...] = Field((), description="Modules trained in full and saved beside the adapter.")
-    init: Literal["default", "gaussian", "orthogonal"] = Field("default", description="How A is drawn; B starts at 0.")
+    trainable_tokens: tuple[int, ...] = Field((), description="Ids of tokens whose embeddings are trained in full.")
+    init: Literal["default", "gaussian"] = Field(
+        "default", description="How A is drawn, uniform or not; B starts at 0."
+    )
 
 
 class DataSection(_Section):

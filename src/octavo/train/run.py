@@ -8,33 +8,32 @@ from pathlib import Path
 
 import datasets
 import torch
-from peft import PeftModel
 from rich.console import Console
-from rich.rule import Rule
 from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.chat_template_utils import get_training_chat_template
 
 import octavo
 from octavo.errors import ConfigError
-from octavo.train.announce import announced_weights, difference
+from octavo.integrations.announced import rehearse
 from octavo.train.arguments import sft_arguments
 from octavo.train.config import SftConfig
 from octavo.train.data import Examples, Loss, counted_loss, load_data
-from octavo.train.example import render_example
-from octavo.train.folder import RunFolder
+from octavo.train.folder import RunFolder, is_adapter
 from octavo.train.interrupt import SaveOnInterrupt
 from octavo.train.meter import GB, peak_memory
 from octavo.train.metrics import MetricsFile
 from octavo.train.outcome import RunResult
+from octavo.train.preview import Preview, say
 from octavo.train.progress import LiveProgress, progress_for
 from octavo.train.proof import GradientProofCallback
-from octavo.train.trainable import trainable_table
 from octavo.train.trainer import SftTrainer
 
 
@@ -45,17 +44,8 @@ def sft(config: SftConfig, console: Console, *, dry_run: bool = False) -> RunRes
         OctavoError: the configuration, the data, the checkpoint or the adapter is wrong, gradients are missing, or the
             loss is not finite.
     """
-    began = time.perf_counter()
-    config = config.resolved()
-    folder = RunFolder(config.out)
-    with _quiet():
-        checkpoint = folder.checkpoint(config.train.resume)
-        train, evaluation = load_data(config.data, seed=config.train.seed)
-        loss = counted_loss(train, config.data.loss)
-        tokenizer = load_tokenizer(config)
-        _require_template(tokenizer, train, loss, config)
-        run = _Run(config, folder, console, checkpoint, began)
-        run.prepare(train, evaluation, loss, tokenizer)
+    with quiet():
+        run = Run(config, console)
         return run.result() if dry_run else run.train()
 
 
@@ -75,27 +65,32 @@ def load_tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-class _Run:
-    """One run in its two phases: everything up to the first step, and the training."""
+class Run:
+    """One run in its two phases: all that comes before the first step, when it is made, and the training."""
 
-    def __init__(
-        self, config: SftConfig, folder: RunFolder, console: Console, checkpoint: Path | None, began: float
-    ) -> None:
-        self._config, self._folder, self._checkpoint, self._began = config, folder, checkpoint, began
+    def __init__(self, config: SftConfig, console: Console) -> None:
+        """Read the data, load the model, make the trainer, and show what will happen."""
+        self._began = time.perf_counter()
+        self._config = config.resolved()
         self._console = console
         self._interrupt = SaveOnInterrupt()
         self._adapter: Path | None = None
+        self._folder = RunFolder(self._config.out)
+        self._checkpoint = self._folder.checkpoint(self._config.train.resume)
+        train, evaluation = load_data(self._config.data, seed=self._config.train.seed)
+        loss = counted_loss(train, self._config.data.loss)
+        self.tokenizer = load_tokenizer(self._config)
+        _require_template(self.tokenizer, train, loss, self._config)
+        self.trainer = self._make_trainer(train, evaluation, loss)
 
-    def prepare(
-        self, train: Examples, evaluation: Examples | None, loss: Loss, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        """Load the model, make the trainer, and show what will happen."""
+    def _make_trainer(self, train: Examples, evaluation: Examples | None, loss: Loss) -> SftTrainer:
         config = self._config
         # First, because it joins the process group and picks this rank's device.
         args = sft_arguments(config, loss, evaluates=evaluation is not None)
         if args.process_index > 0:
             self._console = Console(quiet=True)
         self._progress = progress_for(self._console)
+        say(self._console, f"loading {config.model.path}")
         model = octavo.load_model(
             config.model.path,
             numerics=config.model.numerics,
@@ -103,7 +98,6 @@ class _Run:
             dtype=getattr(torch, config.model.dtype),
             revision=config.model.revision,
         )
-        self._section("model", str(octavo.describe(model)))
         lora = octavo.lora_config(
             model,
             r=config.lora.r,
@@ -114,12 +108,14 @@ class _Run:
             rslora=config.lora.rslora,
             dropout=config.lora.dropout,
             modules_to_save=list(config.lora.modules_to_save) or None,
+            trainable_token_indices=list(config.lora.trainable_tokens) or None,
+            init="gaussian" if config.lora.init == "gaussian" else True,
         )
-        announced = announced_weights(model, lora)
-        self._trainer = SftTrainer(
+        announced = rehearse(model, lora).named
+        trainer = SftTrainer(
             model=model,
             args=args,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
             adapter=lora,
             train=train,
             evaluation=evaluation,
@@ -127,29 +123,53 @@ class _Run:
             stop_on_nan=config.train.stop_on_nan,
         )
         # transformers adds it where its own progress bar is off; ours take its place.
-        self._trainer.remove_callback(PrinterCallback)
-        self._show_adapter(self._trainer.model, announced)
-        self._show_data(train, evaluation, loss, tokenizer)
-        self._show_resume()
+        trainer.remove_callback(PrinterCallback)
+        preview = Preview(self._console)
+        preview.model(trainer.model)
+        preview.adapter(trainer.model, lora, announced)
+        preview.data(trainer.preparations, [train] if evaluation is None else [train, evaluation])
+        preview.example(trainer.train_dataset[0], loss, self.tokenizer)
+        if self._checkpoint is not None:
+            preview.resume(self._checkpoint, self._folder.changed_keys(config))
         if args.should_save:
             self._folder.write_start(config, args.device, args.world_size)
+        return trainer
 
     def train(self) -> RunResult:
-        """Train, and write the adapter unless interrupted."""
-        self._section("training")
+        """Train, and write the adapter unless interrupted. A run that is finished already stays as it is."""
+        Preview(self._console).section("training")
+        if self._is_finished():
+            say(self._console, f"nothing to do: {self._checkpoint} is the last of its steps. Raise them to go on.")
+            self._adapter = self._folder.adapter if is_adapter(self._folder.adapter) else self._checkpoint
+            return self.result()
         try:
             with self._interrupt:
-                self._trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)
+                self.trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)
         finally:
             if isinstance(self._progress, LiveProgress):
                 self._progress.close()
+        if self.trainer.state.global_step >= self.trainer.state.max_steps:
+            # A signal in the last step interrupts nothing.
+            self._interrupt.received = None
         if self._interrupt.received is None:
             self._save_adapter()
         return self.result()
 
+    def _is_finished(self) -> bool:
+        """Whether the checkpoint is at the last step; transformers would take one more."""
+        if self._checkpoint is None:
+            return False
+        state = TrainerState.load_from_json(str(self._checkpoint / TRAINER_STATE_NAME))
+        *_, max_steps = self.trainer.set_initial_training_values(self.trainer.args, self.trainer.get_train_dataloader())
+        if state.global_step < max_steps:
+            return False
+        self.trainer.state.global_step, self.trainer.state.max_steps = state.global_step, max_steps
+        self.trainer.state.log_history = state.log_history
+        return True
+
     def result(self) -> RunResult:
         """Where the run stands."""
-        state = self._trainer.state
+        state = self.trainer.state
         logged = {key: line[key] for line in state.log_history for key in ("loss", "eval_loss") if key in line}
         received = self._interrupt.received
         return RunResult(
@@ -163,58 +183,22 @@ class _Run:
             peak_memory_gb=peak_memory() / GB,
             resumed_from=self._checkpoint,
             signal=None if received is None else int(received),
-            main_process=self._trainer.is_world_process_zero(),
+            main_process=self.trainer.is_world_process_zero(),
         )
 
     def _callbacks(self) -> list[TrainerCallback]:
-        proof = GradientProofCallback(lambda report: self._console.print(str(report), highlight=False))
+        proof = GradientProofCallback(lambda report: say(self._console, str(report)))
         callbacks = [proof, self._interrupt, MetricsFile(self._folder.metrics), self._progress]
         if self._config.train.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(self._config.train.early_stopping))
         return callbacks
 
     def _save_adapter(self) -> None:
-        self._trainer.save_model(str(self._folder.adapter))
-        if self._trainer.args.should_save:
+        self.trainer.save_model(str(self._folder.adapter))
+        if self.trainer.args.should_save:
             # A pickle of trl's arguments; config.yaml says the same and is safe to read.
             (self._folder.adapter / "training_args.bin").unlink(missing_ok=True)
         self._adapter = self._folder.adapter
-
-    def _show_adapter(self, model: PeftModel, announced: set[str]) -> None:
-        self._section("adapter")
-        self._console.print(trainable_table(model).rich())
-        for line in difference(announced, model).lines():
-            self._console.print(line, style="yellow", highlight=False)
-
-    def _show_data(
-        self, train: Examples, evaluation: Examples | None, loss: Loss, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self._section("data")
-        for name, examples in (("train", train), ("eval", evaluation)):
-            if examples is not None:
-                self._console.print(
-                    f"{name}: {examples.source}, {self._trainer.preparations[name]}", highlight=False, soft_wrap=True
-                )
-                if examples.left_out:
-                    self._console.print(f"{name}: columns not used: {', '.join(examples.left_out)}", style="yellow")
-        row = self._trainer.train_dataset[0]
-        example = render_example(row["input_ids"], row["labels"], tokenizer)
-        self._console.print(
-            f"the first row, {example.counted} of its {example.tokens} tokens count (loss on {loss}):", highlight=False
-        )
-        rendered = example.rich() if self._console.is_terminal else str(example)
-        self._console.print(rendered, highlight=False, markup=False, soft_wrap=True)
-
-    def _show_resume(self) -> None:
-        if self._checkpoint is not None:
-            self._console.print(f"resuming from {self._checkpoint}", highlight=False, soft_wrap=True)
-            for key in self._folder.changed_keys(self._config):
-                self._console.print(f"`{key}` differs from the run that is resumed", style="yellow", highlight=False)
-
-    def _section(self, title: str, text: str = "") -> None:
-        self._console.print(Rule(title, align="left", style="dim"))
-        if text:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase, train: Examples, loss: Loss, config: SftConfig) -> None:
@@ -240,7 +224,7 @@ def _require_template(tokenizer: PreTrainedTokenizerBase, train: Examples, loss:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars of `datasets`, drawn over ours, and without what trl's words are called in v6."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()

@@ -9,18 +9,8 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
+from octavo.integrations.targets import GROUPS, Group, find_weights, group_of
 from octavo.train.routing import experts_layers, num_experts
-
-Group = Literal["attention", "dense MLP", "shared experts", "routed experts", "router", "embeddings", "other"]
-GROUPS: tuple[Group, ...] = (
-    "attention",
-    "dense MLP",
-    "shared experts",
-    "routed experts",
-    "router",
-    "embeddings",
-    "other",
-)
 
 # peft keeps a factor at `<module>.lora_A.<adapter>.weight`, or without `.weight` for embeddings.
 _FACTOR = re.compile(r"^(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])\.(?P<adapter>[^.]+)(\.weight)?$")
@@ -123,7 +113,7 @@ def trainable_table(model: nn.Module) -> TrainableTable:
 def trainable_tensors(model: nn.Module) -> Iterator[TrainableTensor]:
     """Every parameter of ``model`` that requires a gradient."""
     experts = {name: num_experts(own) for name, _, own in experts_layers(model)}
-    embeddings = _embedding_names(model)
+    weights = find_weights(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -131,7 +121,7 @@ def trainable_tensors(model: nn.Module) -> Iterator[TrainableTensor]:
         layer = next((layer for layer in experts if name.startswith(f"{layer}.")), None)
         yield TrainableTensor(
             name=name,
-            group=_group(name, layer, experts, embeddings),
+            group=group_of(name, weights),
             parameter=parameter,
             module=factor["module"] if factor else name.rpartition(".")[0],
             adapter=factor["adapter"] if factor else None,
@@ -140,30 +130,6 @@ def trainable_tensors(model: nn.Module) -> Iterator[TrainableTensor]:
             layer=layer,
             num_experts=experts[layer] if layer is not None else 1,
         )
-
-
-def _group(name: str, layer: str | None, experts: dict[str, int], embeddings: tuple[str, ...]) -> Group:
-    if layer is not None:
-        return "routed experts"
-    if name.startswith(embeddings):
-        return "embeddings"
-    parts = name.split(".")
-    if any(part.startswith("shared_expert") for part in parts):
-        return "shared experts"
-    # What else sits beside the experts in their block decides who gets which token.
-    if any(name.startswith(f"{block.rpartition('.')[0]}.") for block in experts):
-        return "router"
-    if any("attn" in part or "attention" in part for part in parts[:-1]) and "norm" not in name:
-        return "attention"
-    if any(part in ("mlp", "feed_forward", "ffn") for part in parts):
-        return "dense MLP"
-    return "other"
-
-
-def _embedding_names(model: nn.Module) -> tuple[str, ...]:
-    names: dict[int, str] = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    ends = [getattr(model, getter)() for getter in ("get_input_embeddings", "get_output_embeddings")]
-    return tuple(f"{names[id(end)]}." for end in ends if end is not None and id(end) in names)
 
 
 def _ranks(row: GroupRow) -> str:
