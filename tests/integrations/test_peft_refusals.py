@@ -63,7 +63,7 @@ def test_each_layer_refuses_to_merge_by_itself(safe):
 
 
 def test_stock_peft_still_writes_into_codes():
-    """The reason for all this; the day it fails, peft has learnt that integer weights are codes, and adoption may shrink."""
+    """The reason for all this: the day it fails, peft knows that integer weights are codes, and adoption may shrink."""
     model = randomize(peft.get_peft_model(pair("glm").ours, q_proj_config()))
     layer = model.base_model.model.model.layers[0].self_attn.q_a_proj
     for factor in (layer.lora_A, layer.lora_B):

@@ -35,12 +35,12 @@ class TrainableRow:
 
 def trainable_parameters(model: nn.Module) -> list[TrainableRow]:
     """What requires a gradient in ``model``, an adapted or a bare one, by group, kind of weight and rank."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     factors: dict[int, tuple[str, int]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            owner = f"{bare_name(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+            owner = f"{bare_name(name)}.{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}"
             for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
                 for adapter in part:
                     held = part[adapter].parameters() if isinstance(part[adapter], nn.Module) else [part[adapter]]
