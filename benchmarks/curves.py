@@ -26,10 +26,9 @@ def main() -> None:
     for name in ("glm-tiny", "qwen-tiny"):
         with tempfile.TemporaryDirectory() as folder:
             fp8, plain = both(name, arguments.steps, Path(folder))
-        results[name] = {"fp8": fp8, "bf16": plain, "worst_difference": worst_difference(fp8, plain, WINDOW)}
-        print(
-            f"{name}: loss {fp8[0]:.3f} to {sum(fp8[-WINDOW:]) / WINDOW:.3f}, apart by {results[name]['worst_difference']:.3%}"
-        )
+        apart = worst_difference(fp8, plain, WINDOW)
+        results[name] = {"fp8": fp8, "bf16": plain, "worst_difference": apart}
+        print(f"{name}: loss {fp8[0]:.3f} to {sum(fp8[-WINDOW:]) / WINDOW:.3f}, apart by {apart:.3%}")
     (arguments.out / "curves.json").write_text(json.dumps(results) + "\n")
     plot(results, arguments.out / "curves.png")
     if any(result["worst_difference"] > 0.01 for result in results.values()):
