@@ -73,7 +73,7 @@ def test_experts_without_codes_refuse(name: str) -> None:
 def test_a_linear_without_codes_refuses() -> None:
     layer = float8_linear()
     layer.weight = nn.Parameter(layer.dequantize(torch.bfloat16))
-    with pytest.raises(OctavoError, match="weight of Float8Linear holds torch.bfloat16 instead of one-byte FP8 codes"):
+    with pytest.raises(OctavoError, match=r"weight of Float8Linear holds torch.bfloat16 instead of one-byte FP8 codes"):
         layer(torch.randn(3, 96))
 
 
@@ -85,19 +85,19 @@ def test_a_parametrization_on_codes_is_refused() -> None:
     layer = float8_linear()
     nn.utils.parametrize.register_parametrization(layer, "weight", AddNothing())
     with pytest.raises(
-        AdapterError, match="weight of .*Float8Linear carries a torch parametrization.*octavo.lora_config"
+        AdapterError, match=r"weight of .*Float8Linear carries a torch parametrization.*octavo.lora_config"
     ):
         layer(torch.randn(3, 96))
     experts = float8_experts()
     nn.utils.parametrize.register_parametrization(experts, "down_proj", AddNothing())
-    with pytest.raises(AdapterError, match="down_proj of .*carries a torch parametrization"):
+    with pytest.raises(AdapterError, match=r"down_proj of .*carries a torch parametrization"):
         experts(torch.randn(3, 96), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
 
 
 def test_sealing_a_cast_weight_is_refused() -> None:
     layer = float8_linear()
     layer.weight = nn.Parameter(torch.randn(80, 96))
-    with pytest.raises(OctavoError, match="weight of Float8Linear holds torch.float32 after loading"):
+    with pytest.raises(OctavoError, match=r"weight of Float8Linear holds torch.float32 after loading"):
         layer.seal()
     assert storage.unsealed(layer.weight_scale).dtype == torch.float32
 
