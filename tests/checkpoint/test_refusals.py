@@ -97,7 +97,7 @@ ONE_FILE = {
     ),
     "orphaned scale": (
         put("model.layers.7.mlp.up_proj.weight_scale", torch.ones(4, 1)),
-        [ONE, "'model.layers.7.mlp.up_proj.weight_scale'", "'model.layers.7.mlp.up_proj.weight' is in no file"],
+        [ONE, "'model.layers.7.mlp.up_proj.weight_scale'", "and 'model.layers.7.mlp.up_proj.weight' is in no file"],
     ),
     "scale of a bf16 weight": (
         put("lm_head.weight_scale", torch.ones(256, 1)),
@@ -265,14 +265,17 @@ ONE_FILE = {
     ),
     "experts in one tensor": (
         lambda folder: edit_tensors(folder, stack_experts),
-        ["'model.layers.1.mlp.experts.down_proj' [6, 192, 160] as F8_E4M3", "one FP8 matrix per expert and projection"],
+        [
+            "'model.layers.1.mlp.experts.down_proj' as F8_E4M3, of shape [6, 192, 160]",
+            "one FP8 matrix per expert and projection",
+        ],
     ),
     "three-dimensional codes": (
         both(
             put("model.layers.1.mlp.experts.stack.weight", torch.zeros(2, 4, 4).to(torch.float8_e4m3fn)),
             put("model.layers.1.mlp.experts.stack.weight_scale", torch.ones(2, 4, 1)),
         ),
-        ["'model.layers.1.mlp.experts.stack.weight' [2, 4, 4] as F8_E4M3, expected two dimensions"],
+        ["'model.layers.1.mlp.experts.stack.weight' as F8_E4M3, of shape [2, 4, 4], expected two dimensions"],
     ),
     # Files.
     "cut off": (lambda folder: truncate(folder / ONE, 100), [ONE, "is cut off"]),
@@ -426,7 +429,7 @@ OTHER_LAYOUTS = {
     "orphaned activation scale": (
         "modelopt",
         put("model.layers.9.input_scale", torch.ones(1)),
-        ["'model.layers.9.input_scale', and 'model.layers.9.weight' is in no file"],
+        ["'model.layers.9.input_scale' as F32, and 'model.layers.9.weight' is in no file"],
     ),
     "activation scales of a dynamic checkpoint": (
         "fp8-tensor",

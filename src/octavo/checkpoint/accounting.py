@@ -169,8 +169,8 @@ class _Sorter:
 
     def _place(self, key: str, entry: TensorEntry) -> None:
         module, _, last = key.rpartition(".")
-        if last == "weight":
-            (self.weights if entry.dtype in _FP8 else self.plain)[module if entry.dtype in _FP8 else key] = entry
+        if last == "weight" and entry.dtype in _FP8:
+            self.weights[module] = entry
         elif last == self.scheme.scale_suffix:
             self._claim(self.scales, module, entry)
         elif last == self.scheme.activation_suffix:
@@ -180,11 +180,8 @@ class _Sorter:
         elif last in self.scheme.scale_aliases and self._holds_codes(module):
             self._claim(self.scales, module, entry)
         elif entry.dtype in _FP8:
-            self.problems.add(
-                Kind.STACKED,
-                f"{entry.file.name} has {key!r} {list(entry.shape)} as {entry.dtype}, expected FP8 tensors of two "
-                "dimensions with a name that ends in '.weight'",
-            )
+            expected = "expected two dimensions and a name that ends in '.weight'"
+            self._report(Kind.STACKED, entry, f", of shape {list(entry.shape)}, {expected}")
         elif last in _TRACES:
             self.problems.add(
                 Kind.UNKNOWN,
@@ -206,22 +203,22 @@ class _Sorter:
     def _assemble(self, module: str, weight: TensorEntry) -> QuantizedWeight | None:
         """The weight with its scale, or None after reporting what is wrong with it."""
         verdict = self.judge(module)
-        where = f"{weight.file.name} has {weight.key!r}"
         scale = self.scales.pop(module, None)
         activation = self.activations.pop(module, None)
         if weight.dtype != "F8_E4M3":
-            self.problems.add(Kind.DTYPE, f"{where} as {weight.dtype}, expected F8_E4M3")
+            self._report(Kind.DTYPE, weight, ", expected F8_E4M3")
         elif verdict.layout is None:
-            self.problems.add(Kind.UNDECLARED, f"{where} as F8_E4M3, expected an unquantized weight ({verdict.why})")
+            self._report(Kind.UNDECLARED, weight, f", expected an unquantized weight ({verdict.why})")
         elif len(weight.shape) != 2:
-            self.problems.add(Kind.STACKED, f"{where} {list(weight.shape)} as F8_E4M3, expected two dimensions")
+            self._report(Kind.STACKED, weight, f", of shape {list(weight.shape)}, expected two dimensions")
         elif scale is None:
-            self.problems.add(
-                Kind.MISSING_SCALE, f"{where} as F8_E4M3, expected '{module}.{self.scheme.scale_suffix}' beside it"
-            )
+            self._report(Kind.MISSING_SCALE, weight, f", expected '{module}.{self.scheme.scale_suffix}' beside it")
         elif self._fits(weight, scale, verdict) and self._activation_fits(module, verdict, activation):
             return QuantizedWeight(module, weight, scale, activation, verdict.layout)
         return None
+
+    def _report(self, kind: Kind, entry: TensorEntry, rest: str) -> None:
+        self.problems.add(kind, f"{entry.file.name} has {entry.key!r} as {entry.dtype}{rest}")
 
     def _fits(self, weight: TensorEntry, scale: TensorEntry, verdict: Verdict) -> bool:
         assert verdict.layout is not None
@@ -256,20 +253,13 @@ class _Sorter:
     def _is_scale(self, scale: TensorEntry) -> bool:
         allowed = (*_SCALES, "U8") if self.scheme.scale_format == "ue8m0" else _SCALES
         if scale.dtype not in allowed:
-            self.problems.add(
-                Kind.SCALE_DTYPE,
-                f"{scale.file.name} has {scale.key!r} as {scale.dtype}, expected {' or '.join(allowed)}",
-            )
+            self._report(Kind.SCALE_DTYPE, scale, f", expected {' or '.join(allowed)}")
         return scale.dtype in allowed
 
     def _report_orphans(self) -> None:
         for module, scale in (*self.scales.items(), *self.activations.items()):
             weight = self.entries.get(f"{module}.weight")
-            where = f"{scale.file.name} has {scale.key!r}"
             if weight is None:
-                self.problems.add(Kind.ORPHAN, f"{where}, and '{module}.weight' is in no file")
+                self._report(Kind.ORPHAN, scale, f", and '{module}.weight' is in no file")
             else:
-                self.problems.add(
-                    Kind.DTYPE,
-                    f"{weight.file.name} has {weight.key!r} as {weight.dtype} with a scale, expected F8_E4M3",
-                )
+                self._report(Kind.DTYPE, weight, " with a scale, expected F8_E4M3")
