@@ -20,7 +20,7 @@ from octavo.formats.weight import Float8Weight
 from octavo.ops import operators
 from octavo.ops.gates import Gate
 from octavo.ops.reference import Numerics
-from octavo.ops.routing import Routing, combine
+from octavo.ops.routing import Routing, combine, route
 from octavo.ops.weights import Factors, Weight, storage
 
 EngineName = Literal["auto", "reference", "dequant"]
@@ -61,6 +61,10 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def route(self, index_TK: Tensor, num_experts: int) -> Routing:
+        """The sorted order of the pairs of ``index_TK``; see :func:`octavo.ops.routing.route`."""
+        ...
 
     def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
         """``z = x·Wᵀ + b + x·Aᵀ·Bᵀ`` and ``h = gate(z)`` per routed row: (z_MG, h_MI, x·A [M, R]), all in
@@ -110,6 +114,9 @@ class ProductEngine:
     name: str
     numerics: Numerics
     wide: bool
+
+    def route(self, index_TK: Tensor, num_experts: int) -> Routing:
+        return route(index_TK, num_experts)
 
     def _compute(self, dtype: torch.dtype) -> torch.dtype:
         return torch.promote_types(dtype, torch.float32) if self.wide else dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.ops.engines import Engine, Projection, Wants
 from octavo.ops.gates import Gate
-from octavo.ops.routing import Routing, route, row_probabilities
+from octavo.ops.routing import Routing, row_probabilities
 from octavo.ops.weights import Factors, WeightSpec
 
 
@@ -52,7 +52,7 @@ def expert_mlp(
     Differentiable in ``x_TH``, ``p_TK``, the factors, the biases and unquantized weights. Keeps x, z, x·A, h·A and the
     routing for backward; never a dequantized weight.
     """
-    routing = route(index_TK, up.weight.shape[0])
+    routing = engine.route(index_TK, up.weight.shape[0])
     spec = MlpSpec(up.spec, down.spec, gate, engine)
     sides = [t for s in (up, down) for t in (s.weight, s.scales, s.bias, s.lora_A, s.lora_B)]
     output: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]

@@ -46,13 +46,19 @@ def triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def _runs_on(device: torch.device) -> bool:
+    from octavo.ops.kernels.common import INTERPRETED
+
+    return device.type == "cuda" or INTERPRETED
+
+
 def unsupported(x: Tensor, *sides: Projection) -> str | None:
     """Why the kernels cannot compute these operands, or ``None``."""
     if reason := triton_missing():
         return reason
     from octavo.ops.kernels.common import INTERPRETED
 
-    if x.device.type != "cuda" and not INTERPRETED:
+    if not _runs_on(x.device):
         return f"its kernels need a CUDA device and the activations are on {x.device.type}"
     # the interpreter's own rounding to bfloat16 truncates, so it is given float32
     if x.dtype != (torch.float32 if INTERPRETED else torch.bfloat16):
@@ -78,6 +84,13 @@ class KernelEngine(ProductEngine):
         if reason and self.name != "dequant":
             raise EngineError(f"engine {self.name!r} cannot run this layer: {reason}. Choose engine 'auto'.")
         return reason is None
+
+    def route(self, index_TK: Tensor, num_experts: int) -> Routing:
+        if triton_missing() or not _runs_on(index_TK.device):
+            return super().route(index_TK, num_experts)
+        from octavo.ops.kernels.sort import sort_pairs
+
+        return Routing(*sort_pairs(index_TK, num_experts))
 
     def _way(self, site: Site) -> Way:
         rounded = self.numerics == "fp8" or (self.numerics == "fp8_grad" and site.endswith("grad"))
@@ -266,7 +279,7 @@ class KernelEngine(ProductEngine):
         if way == "codes":
             scales = kernel.COLUMN.value if channel and not flip else kernel.TILE.value
             stack = kernel.Stack(codes, weight, 0, num_experts, flip=flip, widen=True)
-            kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, left=not flip, **more)
+            kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, **more)
             return
         if flip:
             turned = torch.empty((num_experts, weight.in_features, weight.out_features), dtype=codes.dtype, device=codes.device)

@@ -21,7 +21,7 @@ Legend: ``M`` rows, ``E`` experts, ``N`` out columns of the product (of one part
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -228,39 +228,71 @@ def product_kernel(
                 up = _lora_step(up, xa, factor, row, mask_m, e, n, N, N, R, RP, stride_e, stride_n, stride_r, LEFT,
                                 WIDE, KIND)  # fmt: skip
 
-        mask = _on_rows(mask_m, LEFT) & _on_columns(n < N, LEFT)
-        wide_row = _on_rows(row.to(tl.int64), LEFT)
+        # addresses are 32-bit offsets from a tile's first row: 64-bit ones would fill the registers
+        inside = _on_rows(tl.arange(0, BM), LEFT)
         column = _on_columns(n, LEFT)
+        mask = _on_rows(mask_m, LEFT) & (column < N)
+        wide = row0.to(tl.int64)
         if STAGE == STORE:
-            tl.store(out + wide_row * N + column, acc.to(out.dtype.element_ty), mask=mask)
+            tl.store(out + wide * N + (inside * N + column), acc.to(out.dtype.element_ty), mask=mask)
         if STAGE == SWIGLU:
             gate = acc.to(out.dtype.element_ty)
             linear = up.to(out.dtype.element_ty)
-            at = wide_row * (2 * N) + column
-            tl.store(out + at, gate, mask=mask)
-            tl.store(out + at + N, linear, mask=mask)
+            at = inside * (2 * N) + column
+            tl.store(out + wide * (2 * N) + at, gate, mask=mask)
+            tl.store(out + wide * (2 * N) + N + at, linear, mask=mask)
             # from the rounded z, so that backward computes the same h again
             g = gate.to(tl.float32)
             value = g * tl.sigmoid(g) * linear.to(tl.float32)
-            tl.store(h + wide_row * N + column, value.to(out.dtype.element_ty), mask=mask)
+            tl.store(h + wide * N + (inside * N + column), value.to(out.dtype.element_ty), mask=mask)
         if STAGE == SWIGLU_GRADIENT:
-            at = wide_row * (2 * N) + column
-            g = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-            u = tl.load(z + at + N, mask=mask, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(g)
-            silu = g * sigmoid
-            value = (silu * u).to(out.dtype.element_ty).to(tl.float32)
-            share = tl.sum(tl.where(mask, acc * value, 0.0), 0 if LEFT else 1)
+            p = tl.load(p_M + row, mask=mask_m, other=0.0).to(tl.float32)
+            base = z + wide * (2 * N)
+            to = out + wide * (2 * N)
+            share = _gate_gradient(acc, base, to, p, n0, end - row0, N, BM, BN, LEFT)
             tl.store(shares + (n0 // BN).to(tl.int64) * M + row, share, mask=mask_m)
-            # the router's weight after its own gradient was taken
-            dh = acc * _on_rows(tl.load(p_M + row, mask=mask_m, other=0.0).to(tl.float32), LEFT)
-            tl.store(out + at, (dh * u * sigmoid * (1 + g * (1 - sigmoid))).to(out.dtype.element_ty), mask=mask)
-            tl.store(out + at + N, (dh * silu).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr):
+    """The accumulator's columns, cut in two."""
+    if LEFT:
+        return tl.split(tl.permute(tl.reshape(x, (2, BN // 2, BM)), (1, 2, 0)))
+    else:
+        return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _gate_gradient(dh, z, dz, p, n0, rows, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr):
+    """Write dz for ``BN`` columns of dh (before the router's weight ``p``) and return each row's share of <dh, h>."""
+    if BN > 64:
+        # 64 columns at a time: z, dz and their addresses beside the accumulator would not fit the registers
+        first, second = _halves(dh, BM, BN, LEFT)
+        share = _gate_gradient(first, z, dz, p, n0, rows, N, BM, BN // 2, LEFT)
+        return share + _gate_gradient(second, z, dz, p, n0 + BN // 2, rows, N, BM, BN // 2, LEFT)
+    else:
+        inside = _on_rows(tl.arange(0, BM), LEFT)
+        column = _on_columns(n0 + tl.arange(0, BN), LEFT)
+        mask = (inside < rows) & (column < N)
+        at = inside * (2 * N) + column
+        kind: tl.constexpr = z.dtype.element_ty
+        g = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(z + N + at, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(g)
+        silu = g * sigmoid
+        h = (silu * u).to(kind).to(tl.float32)
+        share = tl.sum(tl.where(mask, dh * h, 0.0), 0 if LEFT else 1)
+        dh *= _on_rows(p, LEFT)
+        tl.store(dz + at, (dh * u * sigmoid * (1 + g * (1 - sigmoid))).to(kind), mask=mask)
+        tl.store(dz + N + at, (dh * silu).to(kind), mask=mask)
+        return share
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the product is cut: a tile's rows, columns and contraction step, warps, stages, programs per multiprocessor."""
+    """How the product is cut: a tile's rows, columns and contraction step, warps, stages, programs per multiprocessor,
+    and whether the weight is the left operand.
+    """
 
     rows: int
     columns: int
@@ -268,6 +300,7 @@ class Tiles:
     warps: int = 8
     stages: int = 3
     resident: int = 1
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -322,7 +355,6 @@ def product(
     tiles: Tiles,
     *,
     scales: int,
-    left: bool = False,
     lora: Lora | None = None,
     h: Tensor | None = None,
     gradient: Gradient | None = None,
@@ -358,7 +390,7 @@ def product(
         EP=max(16, triton.next_power_of_2(num_experts)), N_ROWS=weight.out_features, ROWS=weight.rows, GRID_N=grid_n,
         GRID_K=grid_k, SB_N=weight.block[0], SB_K=weight.block[1],
         A_GROUPS=1 if operand.scales is None else operand.scales.shape[1],
-        GATHER=operand.token_M is not None, CODES=stack.widen, LEFT=left, FLIP=stack.flip, TURNED=stack.turned,
+        GATHER=operand.token_M is not None, CODES=stack.widen, LEFT=tiles.left, FLIP=stack.flip, TURNED=stack.turned,
         SCALES=scales, A_SCALED=operand.scales is not None, LORA=lora is not None,
         STAGE=SWIGLU.value if dual else SWIGLU_GRADIENT.value if gradient is not None else STORE.value,
         BM=tiles.rows, BN=tiles.columns, BK=tiles.step, PROGRAMS=programs, STAGES=tiles.stages, WIDE=INTERPRETED,

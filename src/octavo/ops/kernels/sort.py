@@ -85,10 +85,10 @@ def sort_pairs(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     index = index_TK.contiguous()
     sizes = {"E": num_experts, "EP": padded, "BLOCK": block}
     if num_chunks:
-        count_kernel[(num_chunks,)](index, counts, num_pairs, CHUNK=chunk, **sizes)
-    scan_kernel[(1,)](counts, bases, offsets_E, num_chunks, **sizes)
+        count_kernel[(num_chunks,)](index, counts, num_pairs, CHUNK=chunk, **sizes, num_warps=8)
+    scan_kernel[(1,)](counts, bases, offsets_E, num_chunks, **sizes | {"BLOCK": max(4, 4096 // padded)}, num_warps=8)
     if num_chunks:
         place_kernel[(num_chunks,)](
-            index, bases, token_M, row_TK, num_pairs, num_chunks, TOPK=index_TK.shape[1], CHUNK=chunk, **sizes
+            index, bases, token_M, row_TK, num_pairs, num_chunks, TOPK=index_TK.shape[1], CHUNK=chunk, **sizes, num_warps=8
         )
     return token_M, row_TK, offsets_E

@@ -4,6 +4,8 @@ Read on one H200 (docs/log.md says when, and what else was tried). Other archite
 are measured.
 """
 
+from dataclasses import replace
+
 from octavo.ops.kernels.common import INTERPRETED
 from octavo.ops.kernels.product import Tiles
 
@@ -15,15 +17,15 @@ Kind = str
 _TABLE: dict[Kind, tuple[tuple[int, Tiles], ...]] = {
     "bank.up": ((192, Tiles(64, 128, 64, 8, 4)), (1 << 30, Tiles(128, 128, 64, 8, 4))),
     "bank.down": ((192, Tiles(64, 256, 64, 8, 4)), (1 << 30, Tiles(128, 256, 64, 8, 3))),
-    "bank.down_grad": ((192, Tiles(64, 128, 64, 4, 4)), (1 << 30, Tiles(128, 128, 64, 8, 4))),
+    "bank.down_grad": ((192, Tiles(64, 128, 64, 8, 4)), (1 << 30, Tiles(128, 128, 64, 8, 4))),
     "bank.up_grad": ((192, Tiles(64, 256, 64, 8, 4)), (1 << 30, Tiles(128, 256, 64, 8, 3))),
-    "codes.up": ((192, Tiles(64, 128, 64, 8, 4)), (1 << 30, Tiles(128, 128, 64, 8, 3))),
-    "codes.down": ((192, Tiles(64, 128, 128, 4, 3)), (1 << 30, Tiles(128, 128, 64, 8, 4))),
-    "codes.down_grad": ((192, Tiles(64, 128, 64, 4, 4)), (1 << 30, Tiles(128, 128, 64, 8, 3))),
-    "codes.up_grad": ((192, Tiles(64, 128, 64, 4, 4)), (1 << 30, Tiles(128, 128, 64, 8, 3))),
+    "codes.up": ((192, Tiles(64, 128, 64, 8, 4, left=True)), (1 << 30, Tiles(128, 128, 64, 8, 3, left=True))),
+    "codes.down": ((192, Tiles(64, 128, 128, 4, 3, left=True)), (1 << 30, Tiles(128, 128, 64, 8, 4, left=True))),
+    "codes.down_grad": ((192, Tiles(64, 128, 64, 8, 4)), (1 << 30, Tiles(128, 128, 64, 8, 3))),
+    "codes.up_grad": ((192, Tiles(64, 128, 64, 8, 4)), (1 << 30, Tiles(128, 128, 64, 8, 3))),
     "scaled.up": ((192, Tiles(64, 128, 128, 8, 3)), (1 << 30, Tiles(128, 128, 128, 8, 3))),
     "scaled.down": ((192, Tiles(64, 128, 128, 4, 4)), (1 << 30, Tiles(128, 256, 128, 8, 3))),
-    "scaled.down_grad": ((192, Tiles(64, 128, 128, 4, 4)), (1 << 30, Tiles(128, 128, 128, 8, 3))),
+    "scaled.down_grad": ((192, Tiles(64, 128, 128, 8, 4)), (1 << 30, Tiles(128, 128, 128, 8, 3))),
     "scaled.up_grad": ((192, Tiles(64, 128, 128, 4, 4)), (1 << 30, Tiles(128, 256, 128, 8, 3))),
 }
 # sizes at which the interpreter answers quickly and a small case still has several tiles each way
@@ -32,7 +34,6 @@ _SMALL = Tiles(16, 32, 32, 4, 1)
 
 def tiles_for(kind: Kind, rows_per_expert: int, step: int | None = None) -> Tiles:
     """The tile for a product; ``step``: the contraction step that the numerics fix, if they do."""
-    from dataclasses import replace
-
-    tiles = _SMALL if INTERPRETED else next(tiles for most, tiles in _TABLE[kind] if rows_per_expert <= most)
+    small = replace(_SMALL, left=kind in ("codes.up", "codes.down"))
+    tiles = small if INTERPRETED else next(tiles for most, tiles in _TABLE[kind] if rows_per_expert <= most)
     return tiles if step is None else replace(tiles, step=step)
