@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 
 from octavo.checkpoint.accounting import open_ledger
@@ -65,6 +65,11 @@ def load_model(
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
     ledger = open_ledger(folder)
     config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{folder.name} is a {config.model_type} model, and transformers has no causal language model of that type: "
+            "AutoModelForCausalLM does not build it. Load it with its own class inside `with octavo.enabled():`."
+        )
     if ledger.scheme is not None:
         if engine == "stock":
             raise CheckpointError(
