@@ -57,7 +57,7 @@ class Claims:
     """What becomes of every tensor: FP8 stacks and layers by owner module, and weights to dequantize at load.
 
     ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings and output
-    heads.
+    heads. ``scales``: every scale in the files, by its name among the model's modules and by its key on disk.
     """
 
     experts: dict[str, dict[str, Float8Target]]
@@ -268,6 +268,8 @@ def _sort_targets(
         target = Float8Target(name, sources[0].layout, names.stacked(sources))
         for scale in (entry for source in sources for entry in (source.scale, source.activation) if entry is not None):
             claims.scales[names.renamed(scale.key, name)] = scale
+            # before 5.21 names are already the file's when a scale is saved
+            claims.scales.setdefault(scale.key, scale)
         converter = names.converter_of.get(name)
         if converter is not None and not _stacks(converter):
             _fail(
