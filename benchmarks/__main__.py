@@ -25,7 +25,7 @@ import peft
 import torch
 
 import octavo
-from benchmarks.shapes import write_qwen3
+from benchmarks.checkpoints import write_qwen3
 from octavo.checkpoint.values import check_codes, check_scales
 from octavo.nn.experts import Float8Experts
 from octavo.nn.linear import Float8Linear
