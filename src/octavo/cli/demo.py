@@ -13,7 +13,7 @@ def demo(
     model: Annotated[
         Literal["glm-tiny", "qwen-tiny"], typer.Option(help="Which of the two small models.")
     ] = "glm-tiny",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; the rest goes to stderr.")] = False,
 ) -> None:
     """Fine-tune a small real FP8 mixture of experts on word definitions, and show that it learned.

@@ -23,5 +23,5 @@ def checkpoint(name: str = "glm-tiny") -> Path:
 
 
 def data(part: Literal["train", "eval"]) -> Path:
-    """The jsonl file of word definitions as chats; the words of ``eval`` are in no example of ``train``."""
+    """The jsonl file of word definitions as chats; no meaning in ``eval`` is in ``train``."""
     return _HERE / "data" / f"definitions-{part}.jsonl"

@@ -93,7 +93,7 @@ def demo_config(model: str, out: Path, *, steps: int) -> SftConfig:
     )
 
 
-def run_demo(console: Console, *, model: str = "glm-tiny", out: Path | None = None, steps: int = 120) -> DemoResult:
+def run_demo(console: Console, *, model: str = "glm-tiny", out: Path | None = None, steps: int = 60) -> DemoResult:
     """Fine-tune a model that ships with octavo on word definitions, and print what the README promises.
 
     Raises:
