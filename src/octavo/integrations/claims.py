@@ -5,6 +5,7 @@ Names are resolved with transformers' own renamings and converters, so what is s
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -88,8 +89,8 @@ def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
             weights[target].append(by_key[key])
         else:
             plain[target].append(entry)
-    _refuse_unknown(ledger, model, unknown)
-    _refuse_missing(ledger, model, {*weights, *plain}, parameters)
+    _refuse_unknown(ledger, model, unknown, names)
+    _refuse_missing(ledger, model, names.filled((*weights, *plain)), parameters)
     _check_shapes(names, parameters, weights, plain)
     if ledger.scheme is not None:
         _check_declared(ledger, model, plain)
@@ -120,6 +121,23 @@ class _Names:
             self._part_of[key] = converter.source_patterns.index(pattern)
         return str(name)
 
+    def filled(self, targets: Iterable[str]) -> set[str]:
+        """``targets`` and whatever else their converters fill: some split a tensor over several parameters."""
+        filled = set(targets)
+        for target, converter in self.converter_of.items():
+            first, *others = converter.target_patterns
+            filled |= {target.replace(first, other) for other in others}
+        return filled
+
+    def experts_of(self, key: str, model: PreTrainedModel) -> nn.Module | None:
+        """The stacked-experts module of ``model`` of which ``key`` names one expert, if any."""
+        prefix, separator, expert = str(rename_source_key(key, self.renamings, [])[0]).partition(".experts.")
+        if not separator or not expert.partition(".")[0].isdigit():
+            return None
+        ending = f"{prefix.removeprefix(f'{self.prefix}.')}.experts"
+        owners = [module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")]
+        return owners[0] if len(owners) == 1 and experts_layout(owners[0]) is not None else None
+
     def renamed(self, key: str, target: str) -> str:
         """``key``, a scale, by the model's names but not stacked; ``target``: the parameter that its weight fills.
 
@@ -144,12 +162,15 @@ def _fail(entry: TensorEntry, text: str) -> NoReturn:
     raise CheckpointError(f"{entry.file.name}: {entry.key!r} {text} {INSPECT}")
 
 
-def _refuse_unknown(ledger: Ledger, model: PreTrainedModel, unknown: list[TensorEntry]) -> None:
+def _refuse_unknown(ledger: Ledger, model: PreTrainedModel, unknown: list[TensorEntry], names: _Names) -> None:
     known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     left = [entry for entry in unknown if not any(pattern.search(entry.key) for pattern in known)]
     # a frequency table that old checkpoints carry; transformers computes it
     left = [entry for entry in left if not entry.key.endswith("rotary_emb.inv_freq")]
     if left and ledger.scheme is not None:
+        if (owner := names.experts_of(left[0].key, model)) is not None:
+            reason = why_not_ours(owner, float8=True) or "transformers has no conversion that stacks its experts"
+            _fail(left[0], f"is one expert of a {type(owner).__name__}, which octavo cannot hold in FP8: {reason}.")
         count = f"one of {len(left)} such tensors, " if len(left) > 1 else ""
         _fail(
             left[0],

@@ -194,8 +194,8 @@ def with_scales(
             result.append(conversion)
             continue
         sources, target = list(conversion._original_source_patterns), conversion._original_target_patterns[0]
-        # some models escape the dots of their names
-        ending = target.replace("\\", "")
+        # as the loader applies it: some models escape the dots of their names
+        ending = conversion.target_patterns[0]
         stacks_weights = all(source.endswith(".weight") for source in sources)
         # copies first: before transformers 5.21 the pattern of a weight also matches the name of its scale
         for on_disk, suffix in suffixes.items() if stacks_weights else ():

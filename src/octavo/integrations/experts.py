@@ -5,6 +5,7 @@ This is the one place that asks an object what it has: ``use_experts_implementat
 
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations import moe
@@ -49,6 +50,7 @@ def gate_of(module: nn.Module) -> Gate:
     if not experts.has_gate:
         return ModelGate(type(experts.act_fn).__name__, experts.act_fn)
     standard = type(module)._apply_gate is moe._default_apply_gate  # type: ignore[attr-defined]
-    if standard and experts.is_concatenated and isinstance(experts.act_fn, nn.SiLU | SiLUActivation):
+    silu = isinstance(experts.act_fn, nn.SiLU | SiLUActivation) or experts.act_fn is F.silu
+    if standard and experts.is_concatenated and silu:
         return SWIGLU
     return ModelGate(f"{type(module).__name__}._apply_gate", experts._apply_gate)

@@ -67,8 +67,8 @@ def load_model(
     config = AutoConfig.from_pretrained(folder)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"{folder.name} is a {config.model_type} model, and transformers has no causal language model of that type: "
-            "AutoModelForCausalLM does not build it. Load it with its own class inside `with octavo.enabled():`."
+            f"{folder.name} is a {config.model_type} model, which AutoModelForCausalLM of transformers does not build: "
+            "it has no causal language model of that type. Load it with its own class inside `with octavo.enabled():`."
         )
     if ledger.scheme is not None:
         if engine == "stock":
