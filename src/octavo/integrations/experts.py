@@ -50,7 +50,11 @@ def gate_of(module: nn.Module) -> Gate:
     if not experts.has_gate:
         return ModelGate(type(experts.act_fn).__name__, experts.act_fn)
     standard = type(module)._apply_gate is moe._default_apply_gate  # type: ignore[attr-defined]
-    silu = isinstance(experts.act_fn, nn.SiLU | SiLUActivation) or experts.act_fn is F.silu
-    if standard and experts.is_concatenated and silu:
+    # a class with a gate of its own may have no ``act_fn``
+    if standard and experts.is_concatenated and _is_silu(experts.act_fn):
         return SWIGLU
     return ModelGate(f"{type(module).__name__}._apply_gate", experts._apply_gate)
+
+
+def _is_silu(function: Any) -> bool:
+    return isinstance(function, nn.SiLU | SiLUActivation) or function is F.silu

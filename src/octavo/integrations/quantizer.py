@@ -294,14 +294,14 @@ def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:
     return left
 
 
-def prepare(model: PreTrainedModel, settings: Settings) -> list[str]:
+def prepare(model: PreTrainedModel, settings: Settings) -> None:
     """Make a loaded model ready for adapters: plain experts take them in the forward too, peft's wrappers are adopted.
 
-    Returns the experts that stay on the model's own forward, with the reason.
+    Warns of experts that stay on the model's own forward, with the reason.
     """
-    left = adopt_dense_experts(model, settings)
+    for left in adopt_dense_experts(model, settings):
+        logger.warning("experts stay on transformers' own forward: %s", left)
     install()
-    return left
 
 
 def configure(model: nn.Module, *, numerics: str | None = None, engine: str | None = None) -> nn.Module:

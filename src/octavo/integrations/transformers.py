@@ -25,7 +25,6 @@ from octavo.integrations.quantizer import (
     OctavoConfig,
     OctavoQuantizer,
     configure,
-    logger,
     prepare,
 )
 from octavo.nn.settings import Settings
@@ -95,8 +94,7 @@ def load_model(
         local_files_only=True,
     )
     if ledger.scheme is None and engine != "stock":
-        for left in prepare(model, settings):
-            logger.warning("experts stay on transformers' own forward: %s", left)
+        prepare(model, settings)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
     return model
 
