@@ -13,7 +13,7 @@ PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist workste
 NEW = .venv/.installed
 LOWEST = .venv-lowest/.installed
 
-.PHONY: help demo test test-full test-lowest check format gpu-test gpu-bench clean
+.PHONY: help demo test test-full test-lowest check check-format check-lint check-types format gpu-test gpu-bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,9 +39,16 @@ test-full: $(NEW)
 test-lowest: $(LOWEST)
 	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" $(PYTEST) tests/integrations tests/nn tests/test_project.py $(ARGS)
 
-check: $(NEW)
+# Three targets, so that `make --keep-going check` tells what all of them find.
+check: check-format check-lint check-types
+
+check-format: $(NEW)
 	.venv/bin/ruff format --check .
+
+check-lint: $(NEW)
 	.venv/bin/ruff check .
+
+check-types: $(NEW)
 	.venv/bin/mypy
 
 format: $(NEW)
@@ -70,6 +77,6 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "octavo needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[$(3)]'
+	$(1)/bin/python -m pip install -qq --constraint $(2) --editable '.[$(3)]'
 	@touch $@
 endef
