@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import octavo
 from octavo.train.metrics import read_metrics
 
 from .tiny import chat, train, tree, write_jsonl
@@ -64,6 +65,22 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(tmp_path, che
         a, b = ([line[key] for line in lines if key in line] for lines in (one, two))
         assert b == pytest.approx(a, rel=tolerance), key
     assert json.loads((tmp_path / "two" / "versions.json").read_text())["processes"] == 2
+
+
+def test_two_ranks_train_the_real_fp8_model(tmp_path):
+    model = octavo.demo.checkpoint("glm-tiny")
+    for name, size in (("one", 4), ("two", 2)):
+        config = tree(model, octavo.demo.data("train"), tmp_path / name, batch_size=size, steps=3, lr=1e-3)
+        if name == "one":
+            train(**config)
+        else:
+            file = write_config(tmp_path / "sft.yaml", config)
+            done = subprocess.run(
+                command("torchrun", file), env=environment(), capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+    one, two = ([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow

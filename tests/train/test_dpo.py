@@ -1,24 +1,27 @@
 """trl's DPOTrainer, whose reference is the same model with the adapter switched off."""
 
+import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import octavo
 from octavo.train.proof import GradientProofCallback
 from octavo.train.trainable import trainable_tensors
 
-from .tiny import byte_tokenizer
 
-
-def test_the_model_without_its_adapter_is_the_reference(tmp_path, checkpoint):
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+def test_the_model_without_its_adapter_is_the_reference(tmp_path, checkpoint, fp8):
+    path = octavo.demo.checkpoint("glm-tiny") if fp8 else checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(path)
     rows = [{"prompt": f"say {index}", "chosen": "ab" * 3, "rejected": "xyz"} for index in range(16)]
-    model = octavo.load_model(checkpoint, dtype=torch.float32)
+    model = octavo.load_model(path, dtype=torch.float32)
     arguments = DPOConfig(
         output_dir=str(tmp_path),
-        max_steps=8,
+        max_steps=6,
         per_device_train_batch_size=8,
-        learning_rate=3e-2,
+        learning_rate=2e-2,
         # The balancing loss would come on top of ln 2.
         router_aux_loss_coef=0.0,
         bf16=False,
@@ -33,7 +36,7 @@ def test_the_model_without_its_adapter_is_the_reference(tmp_path, checkpoint):
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=byte_tokenizer(),
+        processing_class=tokenizer,
         peft_config=octavo.lora_config(model, r=4),
         callbacks=[proof],
     )
