@@ -45,12 +45,12 @@ class Saved:
     left: tuple[str, ...]
 
 
-def save_quantized(model: PreTrainedModel, folder: Path, layout: Layout) -> Saved:
-    """Write ``folder`` and ``folder-plain``, everything that is not FP8 in the model's dtype."""
+def save_quantized(model: PreTrainedModel, folder: Path, layout: Layout, *, experts: bool = True) -> Saved:
+    """Write ``folder`` and ``folder-plain``, what is not FP8 in the model's dtype; ``experts``: they are FP8 too."""
     model.save_pretrained(folder)
     plain = folder.with_name(f"{folder.name}-plain")
     model.save_pretrained(plain)
-    linears, experts = _linear_weights(model), _expert_matrices(model)
+    linears, matrices = _linear_weights(model), _expert_matrices(model)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     kept = {_bytes(head.weight), _bytes(embeddings.weight)}
     stored: dict[str, Tensor] = {}
@@ -59,19 +59,24 @@ def save_quantized(model: PreTrainedModel, folder: Path, layout: Layout) -> Save
     for key, tensor in _tensors(folder).items():
         module, fingerprint = key.removesuffix(".weight"), _bytes(tensor)
         stored[key] = dense[key] = tensor
-        if module == key or tensor.ndim != 2 or fingerprint not in linears.keys() | experts:
+        if module == key or tensor.ndim != 2 or fingerprint not in linears.keys() | matrices:
             continue
-        if fingerprint in kept or not linears.get(fingerprint, True) or ROUTERS & set(module.split(".")):
+        expert = fingerprint in matrices
+        if (expert and not experts) or fingerprint in kept or _is_special(module, linears.get(fingerprint, True)):
             left.append(module)
             continue
         written, dense[key] = _quantized(module, tensor, RECIPE[layout])
         stored |= written
         quantized.append(module)
-        if fingerprint in experts:
+        if expert:
             ours.append(module)
     _rewrite(folder, stored, _config(layout, left))
     _rewrite(plain, dense, None)
     return Saved(folder, plain, tuple(quantized), tuple(ours), tuple(left))
+
+
+def _is_special(module: str, plain_linear: bool) -> bool:
+    return not plain_linear or bool(ROUTERS & set(module.split(".")))
 
 
 def _linear_weights(model: nn.Module) -> dict[bytes, bool]:

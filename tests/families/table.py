@@ -77,8 +77,10 @@ FLOAT8: tuple[str, ...] = (
     "ZayaExperts",
 )
 
-# Of these, checkpoints keep a layer's experts in one tensor, for which no FP8 format that octavo reads has scales.
+# Of these, transformers' checkpoints keep a layer's experts in one tensor, for which no FP8 format that octavo reads
+# has scales.
 STACKED_ON_DISK: tuple[str, ...] = (
+    "DiffusionGemmaTextExperts",
     "Gemma4TextExperts",
     "GraniteMoeExperts",
     "GraniteMoeHybridExperts",
@@ -88,8 +90,13 @@ STACKED_ON_DISK: tuple[str, ...] = (
     "Inkling2Experts",
     "InklingExperts",
     "MiniMaxM3VLExperts",
+    "Mistral4Experts",
+    "Qwen3VLMoeTextExperts",
     "ZayaExperts",
 )
+
+# Of these, transformers distributes the experts of a checkpoint's layer over two modules.
+SPLIT_WHILE_LOADING: tuple[str, ...] = ("Ernie4_5_VLMoeMoeExperts",)
 
 # Plain weights run on octavo's forward; FP8 ones are refused, for this reason.
 PLAIN_ONLY: dict[str, str] = {
@@ -109,3 +116,22 @@ ALL: tuple[str, ...] = (*PLAIN, *NOT_OURS)
 
 # Their gates, or all of their own forward, compute in float32 whatever comes in.
 FLOAT32_INSIDE = ("BeamExperts", "Inkling2Experts", "OpenAIPrivacyFilterExperts")
+
+# AutoModelForCausalLM builds no model around these, so ``load_model`` does not either; their own classes load inside
+# ``octavo.enabled()``.
+NO_CAUSAL_LM = (
+    "DeepseekOcr2TextExperts",
+    "DiffusionGemmaTextExperts",
+    "Ernie4_5_VLMoeMoeExperts",
+    "Glm4vMoeTextExperts",
+    "Glm5NextTextExperts",
+    "Mistral4Experts",
+    "MistralLarge4TextExperts",
+    "MuseSparkExperts",
+    "OpenAIPrivacyFilterExperts",
+    "Qwen3OmniMoeTalkerTextExperts",
+    "Qwen3OmniMoeThinkerTextExperts",
+    "Qwen3VLMoeTextExperts",
+    "UnlimitedOcrTextExperts",
+)
+CAUSAL_LM = tuple(name for name in ALL if name not in NO_CAUSAL_LM)

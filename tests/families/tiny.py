@@ -67,6 +67,8 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": VOCABULARY,
         "hidden_size_per_layer_input": 16,
     },
+    # a sliding layer, the third, has head sizes of its own
+    "Dots3NoteTextConfig": {"num_hidden_layers": 2},
     # one size for the experts of text tokens and one for those of image tokens
     "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [INTERMEDIATE, INTERMEDIATE // 2]},
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0},
@@ -75,6 +77,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     # its sliding layers have twice the key-value heads
     "MiMoV2FlashConfig": {"num_attention_heads": 4},
+    "NemotronHConfig": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
     "Qwen3NextConfig": _LINEAR_ATTENTION,
     "Qwen3_5MoeTextConfig": _LINEAR_ATTENTION,
     "Qwen4ExpTextConfig": _LINEAR_ATTENTION,
@@ -121,13 +124,18 @@ def randomize(module: nn.Module, seed: int) -> None:
                 parameter[..., torch.randint(parameter.shape[-1], (3,), generator=generator)] *= 8
 
 
-def tiny_model(cls: type[nn.Module], seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(cls: type[nn.Module], seed: int = 0) -> PreTrainedModel:
     """The causal language model around this experts class, in float32."""
     model_class = causal_lm_class(cls)
     assert model_class is not None, f"AutoModelForCausalLM builds nothing around {cls.__name__}"
+    return built(model_class, tiny_config(config_class(cls)), seed)
+
+
+def built(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of this class, its experts with outliers."""
     torch.manual_seed(seed)
-    model = model_class(tiny_config(config_class(cls), **changes))
+    model = model_class(config)
     for module in model.modules():
-        if isinstance(module, cls):
+        if type(module) in experts_classes().values():
             randomize(module, seed)
     return model.eval()
