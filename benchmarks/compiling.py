@@ -1,4 +1,6 @@
-"""Compile Triton kernels for sm_90 in a pool of processes without touching the GPU, so that a run finds them compiled."""
+"""Compile Triton kernels for sm_90 in a pool of processes without touching the GPU, so that a run finds them
+compiled.
+"""
 
 import multiprocessing
 import os
@@ -62,7 +64,9 @@ def _guarded(task: tuple[Callable[[Any], None], Any]) -> str | None:
 
 
 def in_pool(function: Callable[[Any], None], jobs: Sequence[Any]) -> set[Any]:
-    """Run ``function`` on every job with launches turned into compilations; returns (and prints) the jobs that failed."""
+    """Run ``function`` on every job with launches turned into compilations; returns (and prints) the jobs that
+    failed.
+    """
     began, failed = time.time(), set()
     workers = min(15, os.cpu_count() or 1, len(jobs))
     with multiprocessing.get_context("spawn").Pool(workers, initializer=compile_only) as pool:

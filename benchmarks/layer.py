@@ -3,9 +3,9 @@
     python -m benchmarks.layer --out benchmarks/results/layer-h200.json
 
 GPU time under CUDA-graph replay, eager wall time beside it; every engine is compared with float64 first, and no time is
-printed for a wrong one. Weights of one layer (0.6 GB) exceed the L2, so replays find it cold. Baselines in the same run:
-bfloat16 weights with ``F.grouped_mm`` and split LoRA, and the same over a bank that is dequantized whole (one Triton
-pass, or eager torch).
+printed for a wrong one. Weights of one layer (0.6 GB) exceed the L2, so replays find it cold. Baselines in the same
+run: bfloat16 weights with ``F.grouped_mm`` and split LoRA, and the same over a bank that is dequantized whole (one
+Triton pass, or eager torch).
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Layer:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        E, H, I, T = self.model.experts, self.model.hidden, self.model.intermediate, self.tokens
+        E, H, I, T = self.model.experts, self.model.hidden, self.model.intermediate, self.tokens  # noqa: E741
         torch.manual_seed(0)
         real = self.device == "cuda"
 
@@ -277,12 +277,14 @@ def main() -> None:
                 elif engine == "scaled":
                     shared = layer.up.codes.numel() / 2**20
                 row = {
-                    "model": name, "layout": model.layout.kind, "tokens": tokens, "numerics": numerics, "engine": engine,
+                    "model": name, "layout": model.layout.kind, "tokens": tokens, "numerics": numerics,
+                    "engine": engine,
                     "lora_rank": RANK, "pass": "fwd+bwd", "ms": round(ms, 4), "eager_ms": round(eager_ms(step), 4),
                     "floor_ms": floor, "ratio": round(ms / floor, 3),
                     "transposed": "built" if engine == "scaled" else "none",
                     "peak_transient_mib": round(transient_mib(step), 1), "shared_buffer_mib": shared,
-                    "rel_err": float(f"{worst:.3e}"), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                    "rel_err": float(f"{worst:.3e}"), "device": torch.cuda.get_device_name(),
+                    "torch": torch.__version__,
                     "triton": triton.__version__, "commit": commit,
                 }  # fmt: skip
                 rows.append(row)

@@ -129,7 +129,11 @@ def test_ctrl_c_in_a_process(tmp_path):
     (tmp_path / "slow_verb.py").write_text(
         "import time\ndef slow() -> None:\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
-    script = "import octavo.cli.main as m\nm.VERBS['slow'] = m.Verb('slow_verb', 'Sleep.')\nm.build()(['slow'])"
+    # a process that is started in the background, as CI may start this one, ignores ctrl-C until told otherwise
+    script = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import octavo.cli.main as m\nm.VERBS['slow'] = m.Verb('slow_verb', 'Sleep.')\nm.build()(['slow'])"
+    )
     path = os.pathsep.join([str(tmp_path), str(Path(octavo.__file__).parent.parent)])
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -137,6 +141,8 @@ def test_ctrl_c_in_a_process(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever started the tests in the background had them ignore the signal, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)

@@ -16,7 +16,8 @@ from tests.ops.cases import CHANNEL, TENSOR, Case, assert_close, exact, random_i
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 BLOCK = ScaleLayout("block", (128, 128))
-# relative to float64, per output and gradient; an ideal layer has 4.2e-3, 3.7e-2 and 4.6e-2 (hundreds of rows and columns)
+# relative to float64, per output and gradient; an ideal layer has 4.2e-3, 3.7e-2 and 4.6e-2 (hundreds of rows and
+# columns)
 TOLERANCE = {"exact": 6e-3, "fp8_grad": 4.5e-2, "fp8": 6.5e-2}
 ENGINES = [("dequant", "exact"), ("fused", "exact"), ("scaled", "fp8_grad"), ("scaled", "fp8")]
 

@@ -28,7 +28,7 @@ def test_a_few_steps_are_enough_to_learn_and_everything_is_shown(tmp_path):
     assert all(shown["before"] != shown["after"] for shown in result["completions"])
     # FP8 halves the matrices it stores; embeddings and one layer of the model are bf16 in the file.
     assert result["weights_measured"] < 0.75 * result["weights_in_bf16"]
-    for shown in ("FP8 channel", "routed experts", "what it learned", "dictionary:", "calculated from the headers"):
+    for shown in ("FP8 channel", "routed experts", "what it learned", "dictionary:", "calculated from its headers"):
         assert shown in done.stderr
 
 

@@ -1,4 +1,5 @@
-"""The stages of an expert MLP on Triton kernels: gather in the loads, LoRA in the accumulator, the gate in the epilogue.
+"""The stages of an expert MLP on Triton kernels: gather in the loads, LoRA in the accumulator, the gate in the
+epilogue.
 
 One engine, three ways to multiply, chosen per product:
 
@@ -28,7 +29,7 @@ from octavo.formats.weight import Float8Weight
 from octavo.ops.dequant import CHUNK_BYTES
 from octavo.ops.engines import ProductEngine, Projection, ProjectionGrads, Wants
 from octavo.ops.gates import Gate, SwiGlu
-from octavo.ops.reference import Numerics, folds_into_rows
+from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 from octavo.ops.weights import storage
 
@@ -69,7 +70,8 @@ def unsupported(x: Tensor, *sides: Projection) -> str | None:
         if side.bias is not None:
             return "its kernels add no bias"
         if side.weight.in_features % 16 or side.weight.out_features % 16:
-            return f"rows of 16 bytes are needed, and the weight is [{side.weight.out_features}, {side.weight.in_features}]"
+            shape = [side.weight.out_features, side.weight.in_features]
+            return f"rows of 16 bytes are needed, and the weight is {shape}"
     return None
 
 
@@ -115,9 +117,9 @@ class KernelEngine(ProductEngine):
         lora = _lora(xa_MR, up, transposed=False)
         if isinstance(gate, SwiGlu):
             h_MI = x_TH.new_empty((routing.num_rows, weight.rows))
-            self._product("up", operand, weight, routing, z_MG, lora, h=h_MI)
+            self._multiply("up", operand, weight, routing, z_MG, lora, h=h_MI)
         else:
-            self._product("down", operand, weight, routing, z_MG, lora)
+            self._multiply("down", operand, weight, routing, z_MG, lora)
             h_MI = self._gate(z_MG, gate)
         return z_MG, h_MI, xa_MR
 
@@ -137,7 +139,7 @@ class KernelEngine(ProductEngine):
             ha_MR = _skinny(h_MI, down, routing, None)
             operand = Operand(h_MI)
         y_MH = h_MI.new_empty((routing.num_rows, weight.out_features))
-        self._product("down", operand, weight, routing, y_MH, _lora(ha_MR, down, transposed=False))
+        self._multiply("down", operand, weight, routing, y_MH, _lora(ha_MR, down, transposed=False))
         return combine(y_MH, routing.row_TK, routing.offsets_E, p_TK.contiguous()), ha_MR
 
     def down_backward(
@@ -165,11 +167,11 @@ class KernelEngine(ProductEngine):
             dz_MG = torch.empty_like(z_MG)
             columns = self._tiles("down_grad", weight, routing).columns
             shares = dy_TH.new_empty((-(-weight.in_features // columns), routing.num_rows), dtype=torch.float32)
-            self._product("down_grad", operand, weight, routing, dz_MG, lora, gradient=Gradient(z_MG, p_M, shares))
+            self._multiply("down_grad", operand, weight, routing, dz_MG, lora, gradient=Gradient(z_MG, p_M, shares))
             dp_M, rows_h = sum_parts(shares, offsets_E), z_MG
         else:
             dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
-            self._product("up_grad", operand, weight, routing, dh_MI, lora)
+            self._multiply("up_grad", operand, weight, routing, dh_MI, lora)
             # rows past the last offset were never written, here nor in z
             live_M1 = torch.arange(routing.num_rows, device=dy_TH.device)[:, None] < offsets_E[-1]
             dh_MI, z_MG = torch.where(live_M1, dh_MI, 0), torch.where(live_M1, z_MG, 0)
@@ -205,7 +207,7 @@ class KernelEngine(ProductEngine):
             lora_A = outer(x_TH, yb_MR, offsets_E, rank_first=True, dtype=A, token_M=routing.token_M)
         if wants.x:
             dx_MH = x_TH.new_empty((routing.num_rows, weight.in_features))
-            self._product("up_grad", operand, weight, routing, dx_MH, _lora(yb_MR, up, transposed=True))
+            self._multiply("up_grad", operand, weight, routing, dx_MH, _lora(yb_MR, up, transposed=True))
             dx_TH = combine(dx_MH, routing.row_TK, offsets_E, None)
         return dx_TH, ProjectionGrads(None, None, lora_A, lora_B)
 
@@ -224,8 +226,8 @@ class KernelEngine(ProductEngine):
             return Operand(dy, token_M), yb_MR
         if folds_into_rows(weight):
             yb_MR, rounded = pass_rows(
-                dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1, fold_EK=_per_column(weight),
-                group=weight.out_features,
+                dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1,
+                fold_EK=_per_column(weight), group=weight.out_features,
             )  # fmt: skip
             return _rounded(rounded, None), yb_MR
         group = weight.block[0]
@@ -245,7 +247,7 @@ class KernelEngine(ProductEngine):
             step = weight.block[0] if site.endswith("grad") else weight.block[1]
         return tiles_for(f"{way}.{site}", -(-routing.num_rows // weight.num_experts), step)
 
-    def _product(
+    def _multiply(
         self,
         site: Site,
         operand: Operand,
@@ -262,7 +264,6 @@ class KernelEngine(ProductEngine):
 
         way, tiles, offsets_E = self._way(site), self._tiles(site, weight, routing), routing.offsets_E
         flip, num_experts = site.endswith("grad"), weight.num_experts
-        more = {"lora": lora, "h": h, "gradient": gradient}
         if way == "bank":
             expert_bytes = 2 * weight.out_features * weight.in_features
             chunks = -(-num_experts * expert_bytes // CHUNK_BYTES)
@@ -272,22 +273,26 @@ class KernelEngine(ProductEngine):
                 last = min(first + chunk, num_experts)
                 weights.dequantize(weight, offsets_E, first, bank[: last - first])
                 stack = kernel.Stack(bank[: last - first], weight, first, last, flip=flip)
-                kernel.product(operand, stack, offsets_E, out, tiles, scales=kernel.NONE.value, **more)
+                kernel.product(
+                    operand, stack, offsets_E, out, tiles, scales=kernel.NONE.value, lora=lora, h=h, gradient=gradient
+                )
             return
         codes = storage(weight)[0].view(torch.float8_e4m3fn)
         channel = folds_into_rows(weight)
         if way == "codes":
             scales = kernel.COLUMN.value if channel and not flip else kernel.TILE.value
             stack = kernel.Stack(codes, weight, 0, num_experts, flip=flip, widen=True)
-            kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, **more)
+            kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, lora=lora, h=h, gradient=gradient)
             return
         if flip:
-            turned = torch.empty((num_experts, weight.in_features, weight.out_features), dtype=codes.dtype, device=codes.device)
+            turned = torch.empty(
+                (num_experts, weight.in_features, weight.out_features), dtype=codes.dtype, device=codes.device
+            )
             weights.transpose(weight, offsets_E, turned)
             codes = turned
         scales = kernel.SLAB.value if not channel else kernel.NONE.value if flip else kernel.COLUMN.value
         stack = kernel.Stack(codes, weight, 0, num_experts, turned=flip)
-        kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, **more)
+        kernel.product(operand, stack, offsets_E, out, tiles, scales=scales, lora=lora, h=h, gradient=gradient)
 
 
 def _codes(side: Projection) -> Float8Weight:

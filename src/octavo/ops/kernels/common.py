@@ -42,7 +42,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def padded_rank(rank: int) -> int:
     """LoRA ranks are padded to what a dot takes."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, int(triton.next_power_of_2(rank)))
 
 
 def bytes_of(codes: Tensor) -> Tensor:

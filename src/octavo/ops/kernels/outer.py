@@ -13,7 +13,8 @@ from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, padded
 
 @triton.jit
 def outer_kernel(
-    a, b, token_M, p_M, offsets_E, out, stride_e, stride_n, stride_r, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    a, b, token_M, p_M, offsets_E, out, stride_e, stride_n, stride_r,
+    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     GATHER: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -305,7 +304,9 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Operand:
-    """The rows that multiply: ``values`` [*, K], read at ``token_M`` where given, with float32 ``scales`` [*, groups]."""
+    """The rows that multiply: ``values`` [*, K], read at ``token_M`` where given, with float32 ``scales`` [*,
+    groups].
+    """
 
     values: Tensor
     token_M: Tensor | None = None
@@ -331,7 +332,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Lora:
-    """One more step: ``xa`` [M, R] times ``factor``, [E, N, R] with ``rank_axis=2`` or [E, R, N] with ``rank_axis=1``."""
+    """One more step: ``xa`` [M, R] times ``factor``, [E, N, R] with ``rank_axis=2`` or [E, R, N] with
+    ``rank_axis=1``.
+    """
 
     xa: Tensor
     factor: Tensor

@@ -60,7 +60,8 @@ def rows_kernel(
             stored, value = _load(x, source, k, mask_m, scale_EK, e, K, FOLD)
             if SKINNY:
                 f = tl.load(
-                    factor + e.to(tl.int64) * stride_e + k[:, None] * stride_k + r[None, :] * stride_r,
+                    factor + e.to(tl.int64) * stride_e  # type: ignore[attr-defined]
+                    + k[:, None] * stride_k + r[None, :] * stride_r,
                     mask=(k < K)[:, None] & (r < R)[None, :], other=0.0,
                 ).to(stored.dtype)  # fmt: skip
                 if WIDE:

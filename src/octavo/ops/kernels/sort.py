@@ -12,7 +12,6 @@ from torch import Tensor
 from octavo.ops.kernels.common import ceil_div
 
 
-
 @triton.jit
 def _one_hot(index, chunk_start, M, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     pair = chunk_start + tl.arange(0, BLOCK)
@@ -59,7 +58,7 @@ def place_kernel(
     base = tl.load(bases + pid * EP + e) + tl.load(bases + num_chunks * EP + e)
     for start in range(0, CHUNK, BLOCK):
         pair = pid * CHUNK + start + tl.arange(0, BLOCK)
-        expert, hot = _one_hot(index, pid * CHUNK + start, M, E, EP, BLOCK)
+        _, hot = _one_hot(index, pid * CHUNK + start, M, E, EP, BLOCK)
         ones = hot.to(tl.int32)
         places = tl.cumsum(ones, 0) - ones + base[None, :]
         row = tl.sum(tl.where(hot, places, 0), 1)
@@ -89,6 +88,15 @@ def sort_pairs(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     scan_kernel[(1,)](counts, bases, offsets_E, num_chunks, **sizes | {"BLOCK": max(4, 4096 // padded)}, num_warps=8)
     if num_chunks:
         place_kernel[(num_chunks,)](
-            index, bases, token_M, row_TK, num_pairs, num_chunks, TOPK=index_TK.shape[1], CHUNK=chunk, **sizes, num_warps=8
+            index,
+            bases,
+            token_M,
+            row_TK,
+            num_pairs,
+            num_chunks,
+            TOPK=index_TK.shape[1],
+            CHUNK=chunk,
+            **sizes,
+            num_warps=8,
         )
     return token_M, row_TK, offsets_E

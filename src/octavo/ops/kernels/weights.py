@@ -16,7 +16,8 @@ from octavo.ops.kernels.common import bytes_of, ceil_div, expert_rows
 @triton.jit
 def dequantize_kernel(
     codes, scales, bank, offsets_E, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, GRID_N: tl.constexpr,
-    GRID_K: tl.constexpr, SB_N: tl.constexpr, SB_K: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GRID_K: tl.constexpr, SB_N: tl.constexpr, SB_K: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(1)
     e = first + slot
@@ -36,7 +37,9 @@ def dequantize_kernel(
         else:
             scale = tl.load(scales + (wide * (PARTS * GRID_N) + grid_row[:, None]) * GRID_K + (k // SB_K)[None, :],
                             mask=mask, other=0.0)  # fmt: skip
-        tl.store(bank + slot.to(tl.int64) * (N * K) + at, (code.to(tl.float32) * scale).to(bank.dtype.element_ty), mask=mask)
+        tl.store(
+            bank + slot.to(tl.int64) * (N * K) + at, (code.to(tl.float32) * scale).to(bank.dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
@@ -56,8 +59,8 @@ def transpose_kernel(
 
 
 def dequantize(weight: Float8Weight, offsets_E: Tensor, first: int, bank: Tensor) -> None:
-    """``bank[s] = codes[first + s] × scales`` in the dtype of ``bank``, rounded once from float32, for each expert that has
-    rows.
+    """``bank[s] = codes[first + s] × scales`` in the dtype of ``bank``, rounded once from float32, for each expert
+    that has rows.
 
     ``bank``: [experts of this chunk, N, K], contiguous.
     """
