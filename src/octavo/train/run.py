@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -75,6 +76,7 @@ class Run:
         self._console = console
         self._interrupt = SaveOnInterrupt()
         self._adapter: Path | None = None
+        _require_reporter(self._config)
         self._folder = RunFolder(self._config.out)
         self._checkpoint = self._folder.checkpoint(self._config.train.resume)
         train, evaluation = load_data(self._config.data, seed=self._config.train.seed)
@@ -199,6 +201,12 @@ class Run:
             # A pickle of trl's arguments; config.yaml says the same and is safe to read.
             (self._folder.adapter / "training_args.bin").unlink(missing_ok=True)
         self._adapter = self._folder.adapter
+
+
+def _require_reporter(config: SftConfig) -> None:
+    name = config.train.report_to
+    if name != "none" and find_spec(name) is None:
+        raise ConfigError(f"`train.report_to: {name}` needs the package of that name. Run: pip install {name}")
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase, train: Examples, loss: Loss, config: SftConfig) -> None:
