@@ -51,7 +51,8 @@ def batch_for(module: nn.Module, dtype: torch.dtype = torch.float64, seed: int =
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
 
-    return Batch(draw(TOKENS, hidden), index_TK, draw(TOKENS, 2).abs() + 0.1, draw(TOKENS, hidden))
+    # large enough for the clamps of some gates to bind
+    return Batch(draw(TOKENS, hidden) * 4, index_TK, draw(TOKENS, 2).abs() + 0.1, draw(TOKENS, hidden))
 
 
 def experts_of(module: nn.Module) -> int:
