@@ -162,7 +162,8 @@ def quantize(
         raise CheckpointError(
             f"the weight of shape {tuple(weight.shape)} has NaN or infinite values; FP8 holds neither."
         )
-    scales = _round_scales(amax / E4M3_MAX, scale_dtype, scale_format)
+    # by a tensor: a GPU multiplies with the reciprocal of a number, which is not the quotient
+    scales = _round_scales(amax / torch.full_like(amax, E4M3_MAX), scale_dtype, scale_format)
     scaled = stack.clone()
     for columns, factors in _column_runs(scaled, scales, block):
         # Divided: a product with the reciprocal rounds once more, and half an ulp would not bound the error.

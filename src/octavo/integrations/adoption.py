@@ -101,7 +101,7 @@ def refused_merge(names: list[str]) -> AdapterError:
     return AdapterError(
         f"An adapter cannot be merged into {names[0]}{more}: the weight is FP8 codes, and adding BA to them would lose "
         "the scale or round the update away. Nothing was merged. Keep the adapter separate (save_pretrained on the "
-        "peft model, PeftModel.from_pretrained to use it); `octavo merge` writes a merged checkpoint; unload() gives "
+        "peft model, PeftModel.from_pretrained to use it); unload() gives "
         "back the bare model."
     )
 

@@ -93,6 +93,8 @@ def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
     _refuse_missing(ledger, model, names.filled((*weights, *plain)), parameters)
     _check_shapes(names, parameters, weights, plain)
     if ledger.scheme is not None:
+        _check_stacked(names, parameters, weights, plain)
+        _check_dtypes(parameters, plain)
         _check_declared(ledger, model, plain)
     return _sort_targets(names, model, parameters, weights, plain)
 
@@ -221,6 +223,33 @@ def _check_shapes(
                     f"{total} values, expected "
                     f"{_numel(shape)}.",
                 )
+
+
+def _check_stacked(
+    names: _Names,
+    parameters: dict[str, Tensor],
+    weights: dict[str, list[QuantizedWeight]],
+    plain: dict[str, list[TensorEntry]],
+) -> None:
+    """Every expert's matrix has the shape of its place in the stack: gate and up may not trade rows."""
+    entries = {target: [weight.weight for weight in filled] for target, filled in weights.items()}
+    for target, filled in (*entries.items(), *plain.items()):
+        converter, shape = names.converter_of.get(target), tuple(parameters[target].shape)
+        if converter is None or not _stacks(converter) or len(shape) != 3:
+            continue
+        parts = len(converter.source_patterns)
+        expected = (shape[1] // parts, shape[2])
+        for entry in filled:
+            if len(entry.shape) == 2 and entry.shape != expected:
+                _fail(entry, f"has shape {list(entry.shape)}, its place in {target!r} has {list(expected)}.")
+
+
+def _check_dtypes(parameters: dict[str, Tensor], plain: dict[str, list[TensorEntry]]) -> None:
+    """A floating-point parameter is filled from floating-point numbers: the loader would cast integers by value."""
+    for target, entries in plain.items():
+        for entry in entries:
+            if parameters[target].is_floating_point() and entry.dtype not in ("BF16", "F16", "F32", "F64"):
+                _fail(entry, f"is {entry.dtype}, expected BF16, F16, F32 or F64 for {target!r}.")
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -79,6 +79,9 @@ def lora_config(
         raise AdapterError(
             f"init={init!r} does not work on FP8 weights, which it would read. Use True, False or 'gaussian'."
         )
+    for name in modules_to_save or ():
+        if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
+            raise AdapterError(f"modules_to_save names {name!r}, and no module of {type(model).__name__} ends in it.")
     alpha = r if alpha is None else alpha
     pattern = "|".join(re.escape(name) for name in parameters.get("experts", ()))
     rank = expert_rank or (max(1, r // _top_k(model)) if pattern else r)

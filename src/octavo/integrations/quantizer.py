@@ -255,6 +255,22 @@ def check_values(model: PreTrainedModel, claims: Claims) -> None:
         except CheckpointError:
             _name_culprit(target, codes, scales)
             raise
+        if target.static_input:
+            name = "input_scale" if isinstance(owner, Float8Linear) else f"{target.parameter}_input_scale"
+            _check_static_inputs(target, unsealed(owner.get_parameter(name)))
+
+
+def _check_static_inputs(target: Float8Target, inputs: Tensor) -> None:
+    """``inputs``: static activation scales, [1, 1] or [E, parts, 1]."""
+    try:
+        check_scales(target.name, inputs)
+    except CheckpointError:
+        # parts are the slow axis of the sources
+        in_order = inputs.reshape(-1, len(target.sources) // inputs.shape[0] if inputs.ndim == 3 else 1).T.reshape(-1)
+        for source, scale in zip(target.sources, in_order, strict=True):
+            assert source.activation is not None
+            check_scales(f"{source.activation.file.name}: {source.activation.key}", scale)
+        raise
 
 
 def _name_culprit(target: Float8Target, codes: Tensor, scales: Tensor) -> None:

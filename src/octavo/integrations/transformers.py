@@ -63,7 +63,14 @@ def load_model(
     settings = Settings(numerics, "auto" if engine == "stock" else engine)
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
     ledger = open_ledger(folder)
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise CheckpointError(
+            f"transformers cannot read {folder / 'config.json'}: {str(error).splitlines()[0]} Check model_type, and "
+            f"that "
+            "transformers is new enough for this model."
+        ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"{folder.name} is a {config.model_type} model, which AutoModelForCausalLM of transformers does not build: "

@@ -1,5 +1,6 @@
 """``y = x · Wᵀ`` with a frozen FP8 ``W``: the product of attention, dense and shared-expert layers."""
 
+import math
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ def float8_linear(x: Tensor, codes_NK: Tensor, scales_nk: Tensor, spec: WeightSp
 
     ``codes_NK``: one-byte E4M3 codes; ``scales_nk``: float32 grid. Keeps nothing but the weight's own tensors.
     """
-    output: Tensor = Float8Product.apply(x, codes_NK, scales_nk, spec, engine)  # type: ignore[no-untyped-call]
-    return output
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # reshaped outside the function: its output may then be modified in place, as a linear layer's
+    output: Tensor = Float8Product.apply(rows, codes_NK, scales_nk, spec, engine)  # type: ignore[no-untyped-call]
+    return output.view(*x.shape[:-1], codes_NK.shape[0])
 
 
 class Float8Product(torch.autograd.Function):
@@ -38,5 +41,4 @@ def _product(
     x: Tensor, codes_NK: Tensor, scales_nk: Tensor, spec: WeightSpec, engine: Engine, *, transposed: bool
 ) -> Tensor:
     weight = spec.assemble(codes_NK, scales_nk)
-    rows = x.reshape(-1, x.shape[-1])
-    return engine.linear(rows, weight, transposed=transposed).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
+    return engine.linear(x, weight, transposed=transposed)  # type: ignore[arg-type]

@@ -33,9 +33,12 @@ class Routing:
 
 
 def route(index_TK: Tensor, num_experts: int) -> Routing:
-    """Sort the pairs of ``index_TK`` (integer, [T, K]; ids ≥ ``num_experts`` are off-rank) by expert, stably."""
+    """Sort the pairs of ``index_TK`` (integer, [T, K]) by expert, stably; ids outside 0 … ``num_experts`` - 1 are
+    off-rank.
+    """
     num_tokens, top_k = index_TK.shape
-    expert_M = index_TK.reshape(-1).clamp(max=num_experts)
+    flat = index_TK.reshape(-1)
+    expert_M = flat.where(flat >= 0, num_experts).clamp(max=num_experts)
     _, order_M = torch.sort(expert_M, stable=True)
     row_M = torch.empty_like(order_M)
     row_M[order_M] = torch.arange(order_M.shape[0], device=order_M.device)

@@ -1,15 +1,26 @@
 """A run's configuration in trl's words."""
 
+import math
+
 import torch
 import trl
 
-from octavo.train.config import SftConfig
+from octavo.train.config import SftConfig, TrainSection
 from octavo.train.data import Loss
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # An interval that no run reaches: trl then evaluates and saves at the last step only.
 _AT_THE_END = 10**9
+
+
+def _warmup(train: TrainSection) -> float:
+    """Steps of warm-up, or their share. Of a run with few steps the share is no whole step: transformers would round it
+    up, and the first step of a warm-up has a rate of zero.
+    """
+    if train.warmup < 1 and train.steps is not None:
+        return math.floor(train.warmup * train.steps)
+    return train.warmup
 
 
 def sft_arguments(config: SftConfig, loss: Loss, *, evaluates: bool) -> trl.SFTConfig:
@@ -24,7 +35,7 @@ def sft_arguments(config: SftConfig, loss: Loss, *, evaluates: bool) -> trl.SFTC
         gradient_accumulation_steps=train.grad_accumulation,
         learning_rate=train.lr,
         lr_scheduler_type=_SCHEDULERS[train.scheduler],
-        warmup_steps=train.warmup,
+        warmup_steps=_warmup(train),
         optim=_OPTIMIZERS[train.optimizer],
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,

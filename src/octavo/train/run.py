@@ -132,7 +132,14 @@ class Run:
         preview.data(trainer.preparations, [train] if evaluation is None else [train, evaluation])
         preview.example(trainer.train_dataset[0], loss, self.tokenizer)
         if self._checkpoint is not None:
-            preview.resume(self._checkpoint, self._folder.changed_keys(config))
+            changed = self._folder.changed_keys(config)
+            if other := [key for key in changed if key in ("model.path", "model.revision") or key.startswith("lora.")]:
+                raise ConfigError(
+                    f"{self._folder.path} holds a run with another {' and '.join(other)}, and its adapter does not "
+                    f"fit this "
+                    "one. Choose another `out`, or set these back."
+                )
+            preview.resume(self._checkpoint, changed)
         if args.should_save:
             self._folder.write_start(config, args.device, args.world_size)
         return trainer
