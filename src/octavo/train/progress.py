@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from octavo.train.metrics import record
@@ -46,7 +48,7 @@ class PlainProgress(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
 
 class LiveProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """A progress bar with the last figures; evaluations and the messages of others scroll above it."""
+    """A progress bar over the last figures; evaluations and the messages of others scroll above it."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -56,17 +58,18 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]  # transformers is un
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
         )
-        self._task = self._progress.add_task("train", total=None, figures="")
+        self._task = self._progress.add_task("train", total=None)
+        # A line of their own: beside the bar they would be cut off on 80 columns.
+        self._figures = Text()
+        self._live = Live(Group(self._progress, self._figures), console=console)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
-            self._progress.start()
+            self._live.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._progress.update(self._task, completed=state.global_step)
@@ -83,7 +86,7 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if "eval_loss" in line and state.is_world_process_zero:
             self._console.print(f"step {state.global_step}: {metrics_text(line)}", highlight=False)
         elif line:
-            self._progress.update(self._task, figures=metrics_text(line))
+            self._figures.plain = metrics_text(line)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,7 +95,7 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]  # transformers is un
 
     def close(self) -> None:
         """Give the terminal back; also after a run that raised."""
-        self._progress.stop()
+        self._live.stop()
 
 
 def progress_for(console: Console) -> PlainProgress | LiveProgress:
