@@ -135,3 +135,17 @@ NO_CAUSAL_LM = (
     "UnlimitedOcrTextExperts",
 )
 CAUSAL_LM = tuple(name for name in ALL if name not in NO_CAUSAL_LM)
+
+# Linear layers that a checkpoint may hold in FP8 and that octavo dequantizes while loading, because the model's own
+# code reads their weight, or wants it in float32. By the last part of their names.
+DEQUANTIZED: dict[str, tuple[str, ...]] = {
+    "AXK2Experts": ("weights_proj",),
+    "DeepseekV32Experts": ("weights_proj",),
+    "DeepseekV4Experts": ("compressor.wkv", "compressor.wgate", "weights_proj"),
+    "Dots3NoteExperts": ("weights_proj",),
+    "GlmMoeDsaExperts": ("weights_proj",),
+    "GraniteMoeHybridExperts": ("mamba.out_proj",),
+    "HYV4Experts": ("weights_proj",),
+    "JambaExperts": ("mamba.dt_proj",),
+    "NemotronHExperts": ("mixer.out_proj",),
+}

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import octavo
 from octavo.nn.experts import DenseExperts, Float8Experts
 from octavo.nn.linear import Float8Linear
-from tests.checkpoints import Layout, read_json
+from tests.checkpoints import Layout, edit_tensors, read_json
 
 from . import table
 from .cases import assert_close
@@ -87,7 +88,9 @@ def check_family(name: str, layout: Layout, folder: Path, *, experts: bool = Tru
     in_float8 = experts and name in FLOAT8_ON_DISK
     assert bool(saved.experts) == in_float8
     assert count(ours, Float8Experts if in_float8 else DenseExperts) == num_experts_modules > 0
-    assert count(ours, Float8Linear) == len(saved.quantized) - len(saved.experts) > 0
+    dequantized = sum(module.endswith(table.DEQUANTIZED.get(name, ())) for module in saved.quantized)
+    assert bool(dequantized) == (name in table.DEQUANTIZED)
+    assert count(ours, Float8Linear) == len(saved.quantized) - len(saved.experts) - dequantized > 0
     assert_same_model(saved, ours, stock, folder / "again")
 
 
@@ -107,6 +110,34 @@ def test_every_layout(name: str, layout: Layout, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FLOAT8_ON_DISK)
 def test_plain_experts_beside_fp8_layers(name: str, tmp_path: Path) -> None:
     check_family(name, layout_for(name), tmp_path, experts=False)
+
+
+@pytest.mark.parametrize("name", table.DEQUANTIZED)
+def test_training_mode_reads_the_same_weights(name: str, tmp_path: Path) -> None:
+    """Some models hand the weight of a layer to a fused operation while they train, and only then."""
+    saved = save_quantized(tiny_model(class_called(name)), tmp_path / "model", layout_for(name))
+    ours = octavo.load_model(saved.folder, dtype=torch.float32).train()
+    stock = AutoModelForCausalLM.from_pretrained(saved.plain, dtype=torch.float32).train()
+    assert_close(loss_gradients(stock), loss_gradients(ours), TOLERANCE)
+
+
+def test_layers_that_the_class_keeps_wide_need_no_mention_in_the_config(tmp_path: Path) -> None:
+    """As DeepSeek publishes V3.2: the indexer's last layer is not FP8, and no list says so."""
+    name = "DeepseekV32Experts"
+    saved = save_quantized(tiny_model(class_called(name)), tmp_path / "model", "fp8-block")
+    plain = load_file(saved.plain / "model.safetensors")
+    kept = [module for module in saved.quantized if module.endswith(table.DEQUANTIZED[name])]
+    assert kept
+
+    def restore(tensors: dict[str, Tensor]) -> None:
+        for module in kept:
+            tensors[f"{module}.weight"] = plain[f"{module}.weight"]
+            del tensors[f"{module}.weight_scale_inv"]
+
+    edit_tensors(saved.folder, restore)
+    ours = octavo.load_model(saved.folder, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(saved.plain, dtype=torch.float32)
+    assert_same_model(saved, ours, stock, tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", table.CAUSAL_LM)

@@ -145,3 +145,11 @@ def test_a_model_type_without_a_causal_language_model(tmp_path: Path) -> None:
         octavo.load_model(tmp_path)
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_activations_in_the_dtype_of_the_codes(tmp_path: Path) -> None:
+    """``x.to(layer.weight.dtype)`` in a model's code would round activations to bytes."""
+    saved = save_quantized(tiny_model(class_called("Qwen3MoeExperts")), tmp_path / "model", "fp8-block")
+    layer = octavo.load_model(saved.folder).model.layers[0].self_attn.q_proj
+    with pytest.raises(octavo.OctavoError, match=r"got torch\.uint8 activations"):
+        layer(torch.ones(1, HIDDEN).to(layer.weight.dtype))

@@ -45,6 +45,8 @@ _FIELDS: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 24,
+    # fewer than a test has tokens, or what an indexer picks would not matter
+    "index_topk": 4,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
@@ -71,7 +73,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "Dots3NoteTextConfig": {"num_hidden_layers": 2},
     # one size for the experts of text tokens and one for those of image tokens
     "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [INTERMEDIATE, INTERMEDIATE // 2]},
-    "Glm5NextTextConfig": {"qk_rope_head_dim": 0},
+    "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "index_topk": 16},
     "GraniteMoeHybridConfig": {"mamba_n_heads": 4, "mamba_d_head": 36, "layer_types": ["mamba", "attention", "mamba"]},
     "KimiLinearConfig": {"linear_head_dim": 16, "linear_num_heads": 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},

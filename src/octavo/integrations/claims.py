@@ -3,10 +3,14 @@
 Names are resolved with transformers' own renamings and converters, so what is said here is what the loader will do.
 """
 
+import dis
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -19,6 +23,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from octavo.checkpoint.accounting import Ledger, QuantizedWeight
 from octavo.checkpoint.headers import TensorEntry
@@ -57,14 +62,17 @@ class Float8Target:
 class Claims:
     """What becomes of every tensor: FP8 stacks and layers by owner module, and weights to dequantize at load.
 
-    ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings and output
-    heads. ``scales``: every scale in the files, by its name among the model's modules and by its key on disk.
+    ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings, output
+    heads, and layers whose weight the model's own code reads. ``scales``: every scale in the files, by its name among
+    the model's modules and by its key on disk. ``renamed``: of the dequantized, key on disk to name among the model's
+    modules.
     """
 
     experts: dict[str, dict[str, Float8Target]]
     linears: dict[str, Float8Target]
     dequantized: dict[str, Float8Target]
     scales: dict[str, TensorEntry]
+    renamed: dict[str, str]
 
 
 def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
@@ -133,19 +141,23 @@ class _Names:
 
     def experts_of(self, key: str, model: PreTrainedModel) -> nn.Module | None:
         """The stacked-experts module of ``model`` of which ``key`` names one expert, if any."""
-        prefix, separator, expert = str(rename_source_key(key, self.renamings, [])[0]).partition(".experts.")
+        prefix, separator, expert = self.plain(key).partition(".experts.")
         if not separator or not expert.partition(".")[0].isdigit():
             return None
         ending = f"{prefix.removeprefix(f'{self.prefix}.')}.experts"
         owners = [module for name, module in model.named_modules() if f".{name}".endswith(f".{ending}")]
         return owners[0] if len(owners) == 1 and experts_layout(owners[0]) is not None else None
 
+    def plain(self, key: str) -> str:
+        """``key`` by the model's names, as converters find it: neither stacked nor with the base model's prefix."""
+        return str(rename_source_key(key, self.renamings, [])[0])
+
     def renamed(self, key: str, target: str) -> str:
         """``key``, a scale, by the model's names but not stacked; ``target``: the parameter that its weight fills.
 
         A loader adds or drops the base model's prefix as the target asks for it.
         """
-        name, dot = str(rename_source_key(key, self.renamings, [])[0]), f"{self.prefix}."
+        name, dot = self.plain(key), f"{self.prefix}."
         if target.startswith(dot) and not name.startswith(dot):
             return dot + name
         return name if target.startswith(dot) else name.removeprefix(dot)
@@ -285,11 +297,44 @@ def _check_declared(ledger: Ledger, model: PreTrainedModel, plain: dict[str, lis
 
 
 def _kept_by_default(model: PreTrainedModel) -> set[str]:
-    """Modules that quantizers leave alone without naming them: the output head and whatever is tied."""
+    """Modules that quantizers leave alone without naming them: the output head, whatever is tied, and linear layers
+    that the model class wants in float32.
+    """
     head = model.get_output_embeddings()
     kept = {name for name, module in model.named_modules() if head is not None and module is head}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    wide = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept |= {name for name in linears if not should_convert_module(name, wide)}
     return kept | {name.rpartition(".")[0] for name in tied}
+
+
+def _is_read_around(model: PreTrainedModel, name: str) -> bool:
+    """Whether the code of the module around the layer ``name`` reads ``self.<layer>.weight`` itself.
+
+    ``x.to(self.weights_proj.weight.dtype)`` and a fused kernel that is handed ``self.out_proj.weight`` would take codes
+    for the weight.
+    """
+    parent, _, child = name.rpartition(".")
+    around: Any = type(model.get_submodule(parent))
+    return child in _weights_read_by(around)
+
+
+@cache
+def _weights_read_by(cls: Any) -> frozenset[str]:
+    """The attributes whose ``.weight`` the methods of ``cls`` read, off their bytecode."""
+    read: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in vars(base).values():
+            if inspect.isfunction(method):
+                code = dis.get_instructions(inspect.unwrap(method))
+                loads = [(step.opname, step.argval) for step in code if step.opname not in ("CACHE", "EXTENDED_ARG")]
+                read |= {
+                    child
+                    for (before, child), (after, attribute) in pairwise(loads)
+                    if before == after == "LOAD_ATTR" and attribute == "weight"
+                }
+    return frozenset(read)
 
 
 def _sort_targets(
@@ -299,7 +344,7 @@ def _sort_targets(
     weights: dict[str, list[QuantizedWeight]],
     plain: dict[str, list[TensorEntry]],
 ) -> Claims:
-    claims = Claims({}, {}, {}, {})
+    claims = Claims({}, {}, {}, {}, {})
     kept = _kept_by_default(model)
     for name, sources in weights.items():
         if name in plain:
@@ -329,8 +374,9 @@ def _sort_targets(
         if len({source.activation is None for source in sources}) > 1:
             _fail(sources[0].weight, f"has a static activation scale and others stacked into {name!r} have none.")
         owner = model.get_submodule(target.owner)
-        if target.owner in kept or isinstance(owner, nn.Embedding):
+        if target.owner in kept or isinstance(owner, nn.Embedding) or _is_read_around(model, target.owner):
             claims.dequantized[name] = target
+            claims.renamed.update({e.key: names.plain(e.key) for e in (sources[0].weight, sources[0].scale)})
         elif (layout := experts_layout(owner)) is not None and target.parameter in layout.names:
             if reason := why_not_ours(owner, float8=True):
                 _fail(sources[0].weight, f"is FP8, and octavo cannot hold {type(owner).__name__}: {reason}.")

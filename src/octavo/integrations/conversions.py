@@ -110,12 +110,15 @@ def _listed(tensors: Any) -> list[Tensor]:
 class ToDense(ConversionOps):  # type: ignore[misc]
     """Loads an FP8 embedding or output head: codes × scales, rounded once to ``dtype``; remembers the scale as
     stored.
+
+    ``renamed``: the file's keys to the names that transformers' renamings give them.
     """
 
     hf_quantizer = True
 
-    def __init__(self, target: Float8Target, dtype: torch.dtype) -> None:
+    def __init__(self, target: Float8Target, dtype: torch.dtype, renamed: Mapping[str, str]) -> None:
         self.target, self.dtype = target, dtype
+        self.weight_name, self.scale_name = renamed[self.source.weight.key], renamed[self.source.scale.key]
         self.scale: Tensor | None = None
         self.problem: CheckpointError | None = None
 
@@ -126,8 +129,8 @@ class ToDense(ConversionOps):  # type: ignore[misc]
         source = self.source
         found = {pattern: _listed(tensors)[0] for pattern, tensors in input_dict.items()}
         # E4M3 is exact in every float dtype, so a loader that cast the codes by value did no harm
-        codes = found[source.weight.key].to(torch.float8_e4m3fn)
-        self.scale = found[source.scale.key]
+        codes = found[self.weight_name].to(torch.float8_e4m3fn)
+        self.scale = found[self.scale_name]
         try:
             check_scales(f"{source.scale.file.name}: {source.scale.key}", self.scale)
             check_codes(f"{source.weight.file.name}: {source.weight.key}", codes)
@@ -159,7 +162,7 @@ class FromDense(ConversionOps):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> "FromDense":
         return self
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
         source, dense = self.loaded.source, _listed(next(iter(input_dict.values())))[0]
         # the rounding of the dtype is far below half a step between codes, so the quotient's nearest code is the file's
         ones = self.loaded.weight(torch.ones_like(dense, dtype=torch.float8_e4m3fn)).dequantize()[0]
@@ -171,7 +174,10 @@ class FromDense(ConversionOps):  # type: ignore[misc]
                 "be saved under the file's own scale. Save the adapter (save_pretrained on the peft model) instead."
             )
         # transformers finds the names' prefix by the first key, and the pattern of the scale comes first
-        return {source.scale.key: self.loaded.scale, source.weight.key: codes}
+        if full_layer_name in (source.scale.key, source.weight.key):
+            # before 5.21 names are already the file's here
+            return {source.scale.key: self.loaded.scale, source.weight.key: codes}
+        return {self.loaded.scale_name: self.loaded.scale, self.loaded.weight_name: codes}
 
     @property
     def reverse_op(self) -> ConversionOps:

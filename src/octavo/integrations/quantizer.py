@@ -141,11 +141,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Add the scales' conversions. ``model`` came with transformers 5.21; the claims already hold what it is
         asked for.
         """
-        self._dense = [conversions.ToDense(target, self._dtype) for target in self.claims.dequantized.values()]
+        targets, renamed = self.claims.dequantized.values(), self.claims.renamed
+        self._dense = [conversions.ToDense(target, self._dtype, renamed) for target in targets]
         # the scale first: before 5.21 the pattern of the weight also matches the name of its scale
-        dense = [
-            WeightConverter([op.source.scale.key, op.source.weight.key], [op.target.name], [op]) for op in self._dense
-        ]
+        dense = [WeightConverter([op.scale_name, op.weight_name], [op.target.name], [op]) for op in self._dense]
         scales, activations = self._suffixes()
         parameters = {
             f"{target.name}{suffix}"

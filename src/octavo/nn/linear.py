@@ -52,6 +52,7 @@ class Float8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         storage.refuse_parametrization(self)
         storage.check_codes_dtype(self, "weight", self.weight)
+        storage.check_activations(self, x)
         x = autocast(x)
         scales = storage.opened_scales(self.get_parameter("weight_scale"))
         y = float8_linear(x, self.weight, scales, self.spec, self.settings.resolve())

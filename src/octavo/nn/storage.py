@@ -53,6 +53,15 @@ def check_codes_dtype(module: nn.Module, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_activations(module: nn.Module, x: Tensor) -> None:
+    """Raise unless ``x`` is floating-point and wider than a byte: a model may cast it to the dtype of the codes."""
+    if not x.is_floating_point() or x.element_size() == 1:
+        raise OctavoError(
+            f"{type(module).__name__} got {x.dtype} activations, expected floating-point ones. The model's code casts "
+            "them to the dtype of this layer's weight, which holds FP8 codes: please report the model's class."
+        )
+
+
 def refuse_parametrization(module: nn.Module) -> None:
     """Raise if a parametrization sits on the codes: it would add a delta to codes without their scale."""
     if "parametrizations" in module._modules:
