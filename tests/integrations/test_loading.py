@@ -341,3 +341,26 @@ def test_peak_memory_of_a_load(tmp_path: Path) -> None:
     slack = 24_000_000
     assert size > 5 * slack
     assert grown <= size + 2 * layer + slack, (grown, size, layer)
+
+
+def test_a_static_activation_scale_of_an_fp8_head_is_checked_and_kept(tmp_path: Path) -> None:
+    case = build(tmp_path / "case", layout="ct-tensor")
+    weight = load_file(case.plain / "model.safetensors")["lm_head.weight"]
+    head = quantize(weight, ScaleLayout("tensor"), scale_dtype=torch.bfloat16)
+
+    def quantize_head(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = head.codes[0, 0].clone()
+        tensors["lm_head.weight_scale"] = head.scales[0, 0].reshape(1).bfloat16()
+        tensors["lm_head.input_scale"] = torch.tensor([0.25])
+
+    edit_tensors(case.folder, quantize_head)
+    edit_config(case.folder, lambda config: config["ignore"].remove("lm_head"))
+    model = octavo.load_model(case.folder)
+    assert torch.equal(model.lm_head.weight, head.dequantize(torch.bfloat16)[0])
+    model.save_pretrained(tmp_path / "saved")
+    stored, saved = on_disk(case.folder), on_disk(tmp_path / "saved")
+    assert stored.keys() == saved.keys()
+    assert all(same_bytes(saved[key], stored[key]) for key in stored)
+    edit_tensors(case.folder, lambda tensors: tensors["lm_head.input_scale"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: lm_head.input_scale'"):
+        octavo.load_model(case.folder)

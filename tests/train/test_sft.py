@@ -136,6 +136,18 @@ def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):
     assert "`train.lr` differs" in screen.getvalue()
 
 
+@pytest.mark.parametrize("section", [{"lora": {"r": 8}}, {"model": {"revision": "other", "dtype": "float32"}}])
+def test_a_run_goes_on_with_its_own_model_and_adapter_only(tmp_path, checkpoint, chats, section):
+    out = tmp_path / "run"
+    train(**tree(checkpoint, chats, out, steps=2, save_every=1))
+    started = (out / "config.yaml").read_text()
+    again = tree(checkpoint, chats, out, steps=3)
+    changed = {name: again[name] | fields for name, fields in section.items()}
+    with pytest.raises(ConfigError, match=r"holds a run with another (lora\.r|model\.revision).*Choose another `out`"):
+        train(**(again | changed))
+    assert (out / "config.yaml").read_text() == started, "a refused attempt changes nothing"
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path, checkpoint, chats):
     """transformers itself would take one more step."""
     out, screen = tmp_path / "run", Screen()

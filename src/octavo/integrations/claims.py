@@ -376,7 +376,8 @@ def _sort_targets(
         owner = model.get_submodule(target.owner)
         if target.owner in kept or isinstance(owner, nn.Embedding) or _is_read_around(model, target.owner):
             claims.dequantized[name] = target
-            claims.renamed.update({e.key: names.plain(e.key) for e in (sources[0].weight, sources[0].scale)})
+            entries = (sources[0].weight, sources[0].scale, sources[0].activation)
+            claims.renamed.update({entry.key: names.plain(entry.key) for entry in entries if entry is not None})
         elif (layout := experts_layout(owner)) is not None and target.parameter in layout.names:
             if reason := why_not_ours(owner, float8=True):
                 _fail(sources[0].weight, f"is FP8, and octavo cannot hold {type(owner).__name__}: {reason}.")

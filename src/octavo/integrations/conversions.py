@@ -108,8 +108,8 @@ def _listed(tensors: Any) -> list[Tensor]:
 
 
 class ToDense(ConversionOps):  # type: ignore[misc]
-    """Loads an FP8 embedding or output head: codes × scales, rounded once to ``dtype``; remembers the scale as
-    stored.
+    """Loads an FP8 embedding or output head: codes × scales, rounded once to ``dtype``; remembers the scales as
+    stored, a static activation scale included.
 
     ``renamed``: the file's keys to the names that transformers' renamings give them.
     """
@@ -119,7 +119,10 @@ class ToDense(ConversionOps):  # type: ignore[misc]
     def __init__(self, target: Float8Target, dtype: torch.dtype, renamed: Mapping[str, str]) -> None:
         self.target, self.dtype = target, dtype
         self.weight_name, self.scale_name = renamed[self.source.weight.key], renamed[self.source.scale.key]
+        activation = self.source.activation
+        self.activation_name = None if activation is None else renamed[activation.key]
         self.scale: Tensor | None = None
+        self.activation: Tensor | None = None
         self.problem: CheckpointError | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ToDense":
@@ -132,12 +135,23 @@ class ToDense(ConversionOps):  # type: ignore[misc]
         codes = found[self.weight_name].to(torch.float8_e4m3fn)
         self.scale = found[self.scale_name]
         try:
+            if self.activation_name is not None and source.activation is not None:
+                self.activation = found[self.activation_name]
+                check_scales(f"{source.activation.file.name}: {source.activation.key}", self.activation)
             check_scales(f"{source.scale.file.name}: {source.scale.key}", self.scale)
             check_codes(f"{source.weight.file.name}: {source.weight.key}", codes)
         except CheckpointError as error:
             # raised once the loader is done: inside a conversion it would turn every error into a report of its own
             self.problem = error
         return {target_patterns[0]: self.weight(codes).dequantize(self.dtype)[0]}
+
+    @property
+    def names(self) -> list[str]:
+        """What is collected. The scale first: before 5.21 the pattern of the weight also matches the name of its
+        scale.
+        """
+        names = [self.scale_name, self.weight_name]
+        return names if self.activation_name is None else [*names, self.activation_name]
 
     @property
     def source(self) -> QuantizedWeight:
@@ -176,8 +190,11 @@ class FromDense(ConversionOps):  # type: ignore[misc]
         # transformers finds the names' prefix by the first key, and the pattern of the scale comes first
         if full_layer_name in (source.scale.key, source.weight.key):
             # before 5.21 names are already the file's here
-            return {source.scale.key: self.loaded.scale, source.weight.key: codes}
-        return {self.loaded.scale_name: self.loaded.scale, self.loaded.weight_name: codes}
+            names = [entry.key for entry in (source.scale, source.weight, source.activation) if entry is not None]
+        else:
+            names = self.loaded.names
+        stored = [self.loaded.scale, codes, *([] if source.activation is None else [self.loaded.activation])]
+        return dict(zip(names, stored, strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -143,8 +143,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         targets, renamed = self.claims.dequantized.values(), self.claims.renamed
         self._dense = [conversions.ToDense(target, self._dtype, renamed) for target in targets]
-        # the scale first: before 5.21 the pattern of the weight also matches the name of its scale
-        dense = [WeightConverter([op.scale_name, op.weight_name], [op.target.name], [op]) for op in self._dense]
+        dense = [WeightConverter(op.names, [op.target.name], [op]) for op in self._dense]
         scales, activations = self._suffixes()
         parameters = {
             f"{target.name}{suffix}"
