@@ -1,0 +1,1 @@
+"""Grouped FP8 products for Hopper in CUDA C++, compiled by NVRTC at first use."""

@@ -1,0 +1,931 @@
+// Grouped product of token rows with FP8 expert weights on Hopper's tensor cores, for every stage of an expert MLP.
+//
+//     out[row, f] = sum_c  act[source(row), c] * W_e(row)[f, c]        f: features, c: contraction
+//
+// The weight is the left operand of wgmma (features are its 64 rows), so that a tile takes BN tokens, any multiple
+// of 32, and a weight tile is read and widened once for all of them. A thread block is one producer warpgroup
+// (the weight by TMA, rows gathered by cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
+//
+// Compile-time modes (macros):
+//   WIDE   1: bfloat16 activations; E4M3 weights are widened in registers.  0: E4M3 by E4M3.
+//   FLIP   0: f over the weight's rows, c over its columns.  1: f over columns, c over rows (the input gradient), the
+//             tile is turned in registers.
+//   SCALE  how the weight's scales are applied: see below.
+//   BN     tokens of a tile, a multiple of 32.
+//   MT     64-feature products per consumer: 2, or 1 with up to 256 tokens, where a weight is widened half as often.
+//   STAGE  STORE: out [M, F].  SWIGLU: z = [gate, up] [M, 2F] and h [M, F].  GRADIENT: dz [M, 2F] from z and the
+//             product dh, and each row's share of <dh, h>.
+//
+// A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
+// rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
+// product has gates and the second ups; with MT = 1, row g has gates and row g + 8 ups of one feature.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+enum { STORE = 0, SWIGLU = 1, GRADIENT = 2 };
+// NONE: folded into the activations, or one. COLUMN: one scale per feature, after the sum. TABLE: a factor per
+// contraction index (FLIP) or per slab, rounded with the weight to bfloat16 (two terms, so the weight is rounded once).
+// SLAB: E4M3 by E4M3 with a scale per 128 of the contraction on both sides, promoted in float32.
+enum { NONE = 0, COLUMN = 1, TABLE = 2, SLAB = 3 };
+
+constexpr int BF = MT * 128;          // features of a tile, both consumers (SWIGLU: half of them gates)
+constexpr int BC = MT == 2 ? 128 : 64;   // contraction of a step
+constexpr int KS = BC / 16;           // bfloat16 multiplications of a step
+constexpr int A_BYTES = BF * BC;
+constexpr int B_BYTES = WIDE ? BN * BC * 2 : BN * BC;
+constexpr int TABLE_BYTES = 1024;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES + TABLE_BYTES;
+constexpr int MAX_EXPERTS = 1024;
+constexpr int SHARED_BYTES = 232448;  // what a block may have
+constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? 8 * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 1);
+constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
+constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
+constexpr bool DUAL = STAGE == SWIGLU;
+constexpr int TILE_F = DUAL ? BF / 2 : BF;
+constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
+constexpr bool DRAINS = WIDE || FLIP || SCALE == SLAB;   // whether a step leaves nothing in flight
+constexpr int LORA_RANKS = BC / 2;    // of a step
+constexpr int ZT = 32;                // tokens of a step that brings z
+
+struct __align__(64) Params {
+    u64 map[16];   // CUtensorMap of the weight
+    const u8* act;
+    const long long* token;
+    const int* offsets;
+    const float* act_scale;
+    const float* scales;
+    const u8* xa;
+    const u8* factor;
+    u16* out;
+    u16* h;
+    const u16* z;
+    const void* p;
+    float* shares;
+    long long num_rows;
+    int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
+    int p_float;
+    u32 sb_n_magic, sb_k_magic, pad[5];
+};
+
+// ---------------------------------------------------------------- instructions
+
+__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("{\n.reg .b64 s;\nmbarrier.arrive.shared::cta.b64 s, [%0];\n}" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done;
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+    while (!barrier_try(bar, parity)) {}
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void tensor3(u32 to, const void* map, u32 bar, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void tensor4(u32 to, const void* map, u32 bar, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %4}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(0) : "memory");
+}
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// 16 bytes, zeros where !valid
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+// arrive when this thread's copies so far are done
+__device__ __forceinline__ void copy_arrive(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// what was computed before stays before: an operand may not be written between the fence and the multiplication
+__device__ __forceinline__ void settle(u32 (&a)[4]) {
+    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
+__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// A matrix descriptor is made of two words, of which the high one is the same for all: 128-byte swizzle, 8 rows per
+// 1024 bytes, contraction contiguous.
+__device__ __forceinline__ u32 descriptor(u32 address) { return (1u << 16) | ((address & 0x3FFFF) >> 4); }
+__device__ __forceinline__ u64 whole(u32 low) { return 0x4000004000000000ull | low; }
+// of LoRA's step: rows of LORA_RANKS numbers, 128 or 64 bytes
+__device__ __forceinline__ u64 whole_lora(u32 low) { return (BC == 128 ? 0x4000004000000000ull : 0x8000002000000000ull) | low; }
+__device__ __forceinline__ u32 lora_at(u32 row, u32 chunk) {
+    return BC == 128 ? row * 128 + ((chunk ^ (row & 7)) * 16) : row * 64 + ((chunk ^ ((row >> 1) & 3)) * 16);
+}
+
+__device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
+__device__ __forceinline__ void lds64(u32 a, u32& x, u32& y) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(a));
+}
+__device__ __forceinline__ float ldsf(u32 a) { float v; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a)); return v; }
+__device__ __forceinline__ void lds_float2(u32 a, float& x, float& y) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(a));
+}
+__device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
+__device__ __forceinline__ void sts16(u32 a, u16 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }
+__device__ __forceinline__ void stsf(u32 a, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory"); }
+__device__ __forceinline__ void matrix4(u32 a, u32& x, u32& y, u32& z, u32& w) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(a));
+}
+// the same, each matrix turned: a thread gets column g of rows 2q and 2q + 1
+__device__ __forceinline__ void matrix4_turned(u32 a, u32& x, u32& y, u32& z, u32& w) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(a));
+}
+__device__ __forceinline__ u32 pick(u32 a, u32 b, u32 how) { return __byte_perm(a, b, how); }
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+__device__ __forceinline__ u16 to_bf16(float x) { return (u16)(pack_bf16(x, 0.f) & 0xFFFF); }
+__device__ __forceinline__ float low_bf16(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float high_bf16(u32 v) { return __uint_as_float(v & 0xFFFF0000u); }
+__device__ __forceinline__ u32 mul_bf16(u32 a, u32 b) {
+    u32 v;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+    u32 v;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exponential(-x)); }
+
+// wgmma wrappers come from the host: MMA::wide(acc, a0..a3, desc, keep), ::narrow_rs, ::narrow_ss
+@WGMMA@
+
+// ---------------------------------------------------------------- E4M3 to bfloat16
+
+// Four codes to two pairs: bytes 0, 2 and bytes 1, 3. The bits of an E4M3 number are those of a bfloat16 that is
+// 2^-120 times as large, subnormals included; the factor comes with the scale. (NaN codes are refused at load.)
+__device__ __forceinline__ void widen(u32 codes, u32& even, u32& odd) {
+    odd = (codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u);
+    even = ((codes << 8) & 0x80008000u) | ((codes << 4) & 0x07F007F0u);
+}
+constexpr u32 TWO_120 = 0x7B807B80u;      // 2^120, twice
+constexpr float TABLE_UP = 0x1p104f;      // a table's factor: leaves room for scales up to 2^23
+constexpr float TABLE_DOWN = 65536.f;     // what is left of 2^120
+
+__device__ __forceinline__ void split_scale(float s, u16& hi, u16& lo) {
+    float v = s * TABLE_UP;
+    hi = to_bf16(v);
+    lo = to_bf16(v - __uint_as_float((u32)hi << 16));
+}
+
+// ---------------------------------------------------------------- tiles
+
+struct Tile {
+    int expert, row0, rows, feature0, index_f;
+};
+
+struct Schedule {
+    const int* before;   // token tiles before each expert, E + 1
+    const int* offsets;
+    int E, num_f;
+    __device__ __forceinline__ int total() const { return before[E] * num_f; }
+    __device__ __forceinline__ Tile at(int id) const {
+        int low = 0, high = E;
+        while (high - low > 1) {
+            int middle = (low + high) >> 1;
+            if (before[middle] * num_f <= id) low = middle; else high = middle;
+        }
+        Tile t;
+        t.expert = low;
+        int start = low ? offsets[low - 1] : 0, end = offsets[low];
+        int tiles = before[low + 1] - before[low];
+        int local = id - before[low] * num_f;
+        t.index_f = local / tiles;
+        int index = local - t.index_f * tiles;
+        int per = ((end - start + tiles - 1) / tiles + 7) & ~7;
+        t.row0 = start + index * per;
+        t.rows = min(per, end - t.row0);
+        if (t.rows < 0) t.rows = 0;
+        t.feature0 = t.index_f * TILE_F;
+        return t;
+    }
+};
+
+// n / d for n * d < 2^32, with ceil(2^32 / d)
+__device__ __forceinline__ int divide(int n, int d, u32 magic) { return d == 1 ? n : (int)__umulhi((u32)n, magic); }
+
+__device__ __forceinline__ float weight_scale(const Params& p, int expert, int row, int column) {
+    row = min(row, p.w_rows - 1);
+    column = min(column, p.w_cols - 1);
+    int grid_row = expert * (p.w_rows / p.part_rows) * p.grid_n;
+    while (row >= p.part_rows) { row -= p.part_rows; grid_row += p.grid_n; }
+    grid_row += divide(row, p.sb_n, p.sb_n_magic);
+    return __ldg(p.scales + (long long)grid_row * p.grid_k + min(divide(column, p.sb_k, p.sb_k_magic), p.grid_k - 1));
+}
+
+// ---------------------------------------------------------------- producer
+
+__device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int step, u32 to, u32 bar) {
+    barrier_expect(bar, A_BYTES);
+    const void* map = p.map;
+#pragma unroll
+    for (int half = 0; half < MT; ++half) {
+        if (FLIP) {
+            // MT boxes of BC contraction rows, 128 features each
+            tensor3(to + half * (128 * BC), map, bar, t.feature0 + half * 128, step * BC, t.expert);
+        } else if (DUAL && MT == 1) {
+            // 64 features, gates and ups
+            tensor4(to, map, bar, step * BC, (t.expert * p.w_rows + t.feature0) >> 3);
+        } else {
+            // 2 * MT boxes of 64 features
+#pragma unroll
+            for (int group = 0; group < 2; ++group) {
+                int row = t.expert * p.w_rows + t.feature0;
+                row += DUAL ? group * 64 + half * p.F : (group * MT + half) * 64;
+                tensor4(to + (group * MT + half) * (64 * BC), map, bar, step * BC, row >> 4);
+            }
+        }
+    }
+}
+
+constexpr int ROW_SHIFT = WIDE && BC == 128 ? 4 : 3;   // chunks of 16 bytes per row and step: 16, or 8
+constexpr int ROWS_AT_ONCE = 128 >> ROW_SHIFT;
+
+// rows of a step; those past the tile repeat its first row, and nobody keeps their sums
+__device__ __forceinline__ void load_rows(u32 rows, u32 to, int thread, int byte0, int row_bytes) {
+    int chunk = thread & ((1 << ROW_SHIFT) - 1), first = thread >> ROW_SHIFT;
+    int at_byte = byte0 + chunk * 16;
+    bool inside = at_byte < row_bytes;
+    to += (chunk >> 3) * (BN * 128) + first * 128 + (((chunk & 7) ^ (first & 7)) * 16);
+    rows += first * 8;
+    if (!inside) at_byte = 0;
+    constexpr int BATCH = 4;
+    static_assert(BN / ROWS_AT_ONCE % 2 == 0, "");
+#pragma unroll 1
+    for (int i0 = 0; i0 < BN / ROWS_AT_ONCE; i0 += BATCH) {
+        u64 from[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (i0 + i < BN / ROWS_AT_ONCE)
+                asm volatile("ld.shared.b64 %0, [%1];" : "=l"(from[i]) : "r"(rows + (i0 + i) * ROWS_AT_ONCE * 8));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (i0 + i < BN / ROWS_AT_ONCE)
+                copy16(to + (i0 + i) * ROWS_AT_ONCE * 128, (const void*)(from[i] + at_byte), inside);
+    }
+}
+
+// what the scales of a step need, fetched a step ahead
+struct Table {
+    float ahead[2], weight[2];
+    // the weight's scales for the first and the second half of the tile's features (SWIGLU: gates and ups)
+    __device__ __forceinline__ void of_slab(const Params& p, const Tile& t, int step) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (FLIP) weight[i] = weight_scale(p, t.expert, step * BC, t.feature0 + i * 64 * MT);
+            else weight[i] = weight_scale(p, t.expert, t.feature0 + i * (DUAL ? p.F : 64 * MT), step * BC);
+        }
+    }
+    __device__ __forceinline__ void fetch(const Params& p, const Tile& t, int step, int thread, const int* source) {
+        if (WIDE && SCALE == TABLE) {
+            if (FLIP) {
+                int row = min(step * BC + (thread & (BC - 1)), p.C - 1);
+                ahead[0] = weight_scale(p, t.expert, row, t.feature0);
+                if (MT == 2) ahead[1] = weight_scale(p, t.expert, row, t.feature0 + 128);
+            } else of_slab(p, t, step);
+        }
+        if (!WIDE) {
+            int group = SCALE == SLAB ? min(step, p.act_groups - 1) : 0;
+#pragma unroll
+            for (int i = 0; i < (BN + 127) / 128; ++i) {
+                int r = min(thread + i * 128, BN - 1);
+                ahead[i] = __ldg(p.act_scale + (long long)source[r] * p.act_groups + group);
+            }
+            if (SCALE == SLAB) of_slab(p, t, step);
+        }
+    }
+    __device__ __forceinline__ void store(u32 to, int thread) const {
+        if (WIDE && SCALE == TABLE) {
+            u16 hi, lo;
+            if (FLIP) {
+                // per pair of contraction rows: {hi, hi}, {lo, lo}; with MT = 2 for each 128 features
+                if (thread < BC) {
+#pragma unroll
+                    for (int i = 0; i < MT; ++i) {
+                        split_scale(ahead[i], hi, lo);
+                        u32 at = to + i * 512 + (thread >> 1) * 8 + (thread & 1) * 2;
+                        sts16(at, hi);
+                        sts16(at + 4, lo);
+                    }
+                }
+            } else if (thread < 2) {
+                split_scale(thread ? weight[1] : weight[0], hi, lo);
+                sts32(to + thread * 8, (u32)hi << 16 | hi);
+                sts32(to + thread * 8 + 4, (u32)lo << 16 | lo);
+            }
+        }
+        if (!WIDE) {
+#pragma unroll
+            for (int i = 0; i < (BN + 127) / 128; ++i)
+                if (thread + i * 128 < BN) {
+                    u32 at = to + (thread + i * 128) * 4;
+                    stsf(at, SCALE == SLAB ? ahead[i] * weight[0] : ahead[i]);
+                    if (SCALE == SLAB) stsf(at + 512, ahead[i] * weight[1]);
+                }
+        }
+    }
+};
+
+__device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part, u32 to, u32 table, int thread) {
+    // tokens part * ZT ..: [gates of BF, ups of BF] each, 32-byte granules turned by the token
+    constexpr int CHUNKS = BF / 4;
+    int chunk = thread & (CHUNKS - 1), f = t.feature0 + (chunk & (CHUNKS / 2 - 1)) * 8;
+    bool inside = f < p.F;
+#pragma unroll 4
+    for (int i = 0; i < ZT * CHUNKS / 128; ++i) {
+        int local = thread / CHUNKS + (128 / CHUNKS) * i, row = part * ZT + local;
+        bool valid = inside && row < t.rows;
+        u32 at = to + local * (BF * 4) + (((chunk >> 1) ^ ((local >> 1) & 3)) * 32) + (chunk & 1) * 16;
+        const u16* from = p.z;
+        if (valid) from += (long long)(t.row0 + row) * (2 * p.F) + (chunk / (CHUNKS / 2)) * p.F + f;
+        copy16(at, from, valid);
+    }
+    if (thread < ZT) {
+        int row = part * ZT + thread;
+        float v = 0.f;
+        if (row < t.rows) {
+            long long at = t.row0 + row;
+            v = p.p_float ? ((const float*)p.p)[at] : __uint_as_float((u32)((const u16*)p.p)[at] << 16);
+        }
+        stsf(table + thread * 4, v);
+    }
+}
+
+// Which of the weight's (or the output's) features lies in line r of a tile, and whether it is one.
+__device__ __forceinline__ int feature_of(const Params& p, const Tile& t, int r, bool& inside) {
+    int g = r & 7, half = (r >> 3) & 1, warp = (r >> 4) & 3, block = r >> 6;
+    if (DUAL && MT == 1) {
+        int f = t.feature0 + block * 32 + warp * 8 + g;
+        inside = f < p.F;
+        return f + half * p.F;
+    }
+    int f = warp * 16 + 2 * g + half;
+    if (DUAL) {
+        f += t.feature0 + (block >> 1) * 64;
+        inside = f < p.F;
+        return f + (block & 1) * p.F;
+    }
+    f += t.feature0 + block * 64;
+    inside = f < p.F;
+    return f;
+}
+
+// LORA_RANKS ranks of both of LoRA's operands: the factor where the weight's tile lies, x·A where rows lie
+__device__ __forceinline__ void load_lora(const Params& p, const Tile& t, int part, u32 to, int thread) {
+    int r0 = part * LORA_RANKS, ranks = min(p.R - r0, LORA_RANKS), chunks = ((ranks + 15) & ~15) / 8;
+    int width = DUAL ? 2 * p.F : p.F;
+    for (int i = thread; i < BF * chunks; i += 128) {
+        int r = i / chunks, chunk = i - r * chunks;
+        bool inside;
+        int f = feature_of(p, t, r, inside);
+        inside = inside && chunk * 8 < ranks;
+        copy16(to + lora_at(r, chunk),
+               p.factor + (inside ? (((long long)t.expert * width + f) * p.R + r0 + chunk * 8) * 2 : 0), inside);
+    }
+    to += A_BYTES;
+    for (int i = thread; i < BN * chunks; i += 128) {
+        int r = i / chunks, chunk = i - r * chunks;
+        bool inside = r < t.rows && chunk * 8 < ranks;
+        copy16(to + lora_at(r, chunk),
+               p.xa + (inside ? ((long long)(t.row0 + r) * p.R + r0 + chunk * 8) * 2 : 0), inside);
+    }
+}
+
+__device__ __forceinline__ void produce(
+    const Params& p, const Schedule& schedule, u32 stages, u32 full, u32 empty, u64* rows, int* source, int thread
+) {
+    int main_steps = (p.C + BC - 1) / BC, lora_steps = (p.R + LORA_RANKS - 1) / LORA_RANKS;
+    int steps = main_steps + lora_steps + (STAGE == GRADIENT ? BN / ZT : 0);
+    constexpr int SIZE = WIDE ? 2 : 1;
+    int slot = 0;
+    u32 phase = 0;
+    int total = schedule.total();
+    Table tables;
+    for (int id = blockIdx.x; id < total; id += gridDim.x) {
+        Tile t = schedule.at(id);
+        named_sync(1, 128);
+        for (int r = thread; r < BN; r += 128) {
+            long long row = t.row0 + (r < t.rows ? r : 0);
+            int s = p.token ? (int)p.token[row] : (int)row;
+            source[r] = s;
+            rows[r] = (u64)p.act + (long long)s * (p.C * SIZE);
+        }
+        named_sync(1, 128);
+        tables.fetch(p, t, 0, thread, source);
+        for (int step = 0; step < steps; ++step) {
+            barrier_wait(empty + slot * 8, phase ^ 1);
+            u32 base = stages + slot * STAGE_BYTES, table = base + A_BYTES + B_BYTES;
+            if (step < main_steps) {
+                if (thread == 0) load_weight(p, t, step, base, full + slot * 8);
+                load_rows(smem_address(rows), base + A_BYTES, thread, step * BC * SIZE, p.C * SIZE);
+                tables.store(table, thread);
+                if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread, source);
+            } else if (step < main_steps + lora_steps) {
+                load_lora(p, t, step - main_steps, base, thread);
+            } else {
+                load_z(p, t, step - main_steps - lora_steps, base, table, thread);
+            }
+            copy_arrive(full + slot * 8);
+            barrier_arrive(full + slot * 8);
+            if (++slot == STAGES) { slot = 0; phase ^= 1; }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- consumers
+
+struct Ring {
+    u32 stages, full, empty;
+    int slot;
+    u32 phase;
+    __device__ __forceinline__ u32 wait() {
+        barrier_wait(full + slot * 8, phase);
+        fence_async();   // rows came by ordinary copies, and the tensor cores read them
+        return stages + slot * STAGE_BYTES;
+    }
+    __device__ __forceinline__ int next() {
+        int was = slot;
+        if (++slot == STAGES) { slot = 0; phase ^= 1; }
+        return was;
+    }
+    __device__ __forceinline__ void free(int which, int lane) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + which * 8);
+    }
+};
+
+struct Work {
+    float acc[MT][BN / 2];
+
+    // one step of bfloat16 activations
+    __device__ __forceinline__ void wide_step(u32 base, int group, int warp, int lane) {
+        int g = lane >> 2, q = lane & 3;
+        u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES;
+        u32 hold[HOLD][MT][4];
+        // a product's words for two multiplications: non-flipped {half 0, half 1} of chunks k and k + 1, flipped
+        // contraction rows 0 .. 7, 8 .. 15, 16 .. 23 and 24 .. 31, read before they are needed
+        u32 w[2][MT][4], at[MT];
+#pragma unroll
+        for (int tile = 0; tile < MT; ++tile) {
+            int block = group * MT + tile;
+            if (FLIP) {
+                u32 chunk = (block & 1) * 4 + warp;
+                at[tile] = base + (block >> 1) * (128 * BC) + lane * 128 + ((chunk ^ (lane & 7)) * 16);
+            } else {
+                u32 line = block * 64 + warp * 16 + ((lane >> 3) & 1) * 8 + (lane & 7);
+                u32 turn = BC == 128 ? lane & 7 : (lane >> 1) & 3;
+                at[tile] = base + line * BC + (((lane >> 4) ^ turn) * 16);
+            }
+        }
+        auto fetch = [&](int pair) {
+#pragma unroll
+            for (int tile = 0; tile < MT; ++tile) {
+                u32 (&x)[4] = w[pair & 1][tile];
+                if (FLIP) matrix4_turned(at[tile] + pair * 4096, x[0], x[1], x[2], x[3]);
+                else matrix4(at[tile] ^ (pair * 32), x[0], x[1], x[2], x[3]);
+            }
+        };
+        u32 s[2][4], hi[2], lo[2];
+        auto fetch_scales = [&](int k) {
+            u32 (&y)[4] = s[k & 1];
+            lds64(table + k * 64, y[0], y[1]);
+            lds64(table + k * 64 + 32, y[2], y[3]);
+        };
+        fetch(0);
+        if (SCALE == TABLE) {
+            if (FLIP) {
+                table += (MT == 2 ? group * 512 : 0) + q * 8;
+                fetch_scales(0);
+            } else {
+                lds64(table, hi[0], lo[0]);
+                lds64(table + 8, hi[1], lo[1]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < KS; ++k) {
+            if ((k & 1) == 0 && k + 2 < KS) fetch(k / 2 + 1);
+            if (SCALE == TABLE && FLIP && k + 1 < KS) fetch_scales(k + 1);
+            u32 (&a)[MT][4] = hold[k & (HOLD - 1)], (&y)[4] = s[k & 1];
+#pragma unroll
+            for (int tile = 0; tile < MT; ++tile) {
+                u32 (&x)[4] = w[(k >> 1) & 1][tile];
+                if (FLIP) {
+                    widen(x[(k & 1) * 2], a[tile][0], a[tile][1]);
+                    widen(x[(k & 1) * 2 + 1], a[tile][2], a[tile][3]);
+                } else {
+                    widen(x[(k & 1) * 2], a[tile][0], a[tile][2]);
+                    widen(x[(k & 1) * 2 + 1], a[tile][1], a[tile][3]);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (SCALE != TABLE) a[tile][i] = mul_bf16(a[tile][i], TWO_120);
+                    else if (FLIP) a[tile][i] = fma_bf16(a[tile][i], y[i & 2], mul_bf16(a[tile][i], y[(i & 2) + 1]));
+                    else {
+                        int which = DUAL ? (MT == 2 ? tile : i & 1) : group;
+                        a[tile][i] = fma_bf16(a[tile][i], hi[which], mul_bf16(a[tile][i], lo[which]));
+                    }
+                }
+            }
+            multiply(a, b, k);
+        }
+    }
+
+    __device__ __forceinline__ void multiply(u32 (&a)[MT][4], u32 b, int k) {
+        u64 rows = whole(b + (k >> 2) * (BN * 128 >> 4) + (k & 3) * 2);
+#pragma unroll
+        for (int tile = 0; tile < MT; ++tile) settle(a[tile]);
+        mma_fence();
+#pragma unroll
+        for (int tile = 0; tile < MT; ++tile)
+            MMA::wide(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], rows, 1);
+        mma_commit();
+        // (operands in flight from one step to the next make the compiler serialize every multiplication)
+        if (k + 1 < KS) mma_wait<HOLD - 1>();
+        else mma_wait<0>();
+    }
+
+    // E4M3 wgmma wants contraction rows 4q .. 4q + 3 of a feature in a word. ldmatrix gives a thread rows 2q and 2q + 1
+    // of whatever 8 rows it is told, so it is told rows 0, 1, 4, 5, 8, 9, 12, 13 and then 2, 3, 6, 7, 10, 11, 14, 15.
+    __device__ __forceinline__ static u32 turned_row(int lane) {
+        int i = lane & 7, matrix = lane >> 3;
+        return (matrix >> 1) * 16 + (i >> 1) * 4 + (i & 1) + (matrix & 1) * 2;
+    }
+    __device__ __forceinline__ static void narrow_turned(u32 at, u32 (&a)[4]) {
+        u32 x0, x1, x2, x3;
+        matrix4_turned(at, x0, x1, x2, x3);
+        a[0] = pick(x0, x1, 0x6420);
+        a[1] = pick(x0, x1, 0x7531);
+        a[2] = pick(x2, x3, 0x6420);
+        a[3] = pick(x2, x3, 0x7531);
+    }
+
+    // E4M3 activations with one scale per row: sums stay in the tensor core
+    __device__ __forceinline__ void narrow_step(
+        u32 base, int group, int warp, int lane, Ring& ring, int previous
+    ) {
+        int g = lane >> 2, q = lane & 3;
+        u32 b = descriptor(base + A_BYTES);
+        if (FLIP) {
+            u32 hold[2][2][4];
+            u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                u32 (&a)[2][4] = hold[k & 1];
+                narrow_turned(at + k * 4096 + ((warp ^ (row & 7)) * 16), a[0]);
+                narrow_turned(at + k * 4096 + (((4 + warp) ^ (row & 7)) * 16), a[1]);
+                settle(a[0]);
+                settle(a[1]);
+                mma_fence();
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile)
+                    MMA::narrow_rs(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], whole(b + k * 2), 1);
+                mma_commit();
+                if (k < 3) mma_wait<1>();
+                else mma_wait<0>();
+            }
+        } else {
+            u32 a = descriptor(base + group * 16384);
+            mma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile)
+                    
+                    MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
+            mma_commit();
+            mma_wait<1>();
+            if (previous >= 0) ring.free(previous, lane);
+        }
+    }
+
+    // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32
+    // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32
+    __device__ __forceinline__ void slab_step(u32 base, int group, int warp, int lane) {
+        int g = lane >> 2, q = lane & 3;
+        u32 b = descriptor(base + A_BYTES);
+        u32 table = base + A_BYTES + B_BYTES;
+        u32 a = descriptor(base + group * 16384);
+        u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+            float part[BN / 2];
+            if (FLIP) {
+                u32 hold[2][4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    u32 (&x)[4] = hold[k & 1];
+                    narrow_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16), x);
+                    settle(x);
+                    mma_fence();
+                    MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
+                    if (k < 3) {
+                        mma_commit();
+                        mma_wait<1>();
+                    }
+                }
+            } else {
+                mma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    MMA::narrow_ss(part, whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), k);
+            }
+            mma_commit();
+            u32 scales = table + (DUAL ? tile : group) * 512 + 8 * q;
+            mma_wait<0>();
+#pragma unroll
+            for (int j = 0; j < BN / 8; ++j) {
+                float s0, s1;
+                lds_float2(scales + 32 * j, s0, s1);
+                acc[tile][4 * j] = fmaf(part[4 * j], s0, acc[tile][4 * j]);
+                acc[tile][4 * j + 1] = fmaf(part[4 * j + 1], s1, acc[tile][4 * j + 1]);
+                acc[tile][4 * j + 2] = fmaf(part[4 * j + 2], s0, acc[tile][4 * j + 2]);
+                acc[tile][4 * j + 3] = fmaf(part[4 * j + 3], s1, acc[tile][4 * j + 3]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run(
+        const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, float* shares
+    ) {
+        int g = lane >> 2, q = lane & 3;
+        // the first of this thread's features in product 0
+        int f = t.feature0;
+        if (DUAL && MT == 1) f += group * 32 + warp * 8 + g;
+        else f += group * 64 * (DUAL ? 1 : MT) + warp * 16 + 2 * g;
+        float column[2 * MT];
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) {
+            column[i] = 1.f;
+            if (SCALE == COLUMN) {
+                int tile = i >> 1, half = i & 1, row = f + half + tile * 64;
+                if (DUAL) row = min(f, p.F - 1) + (MT == 2 ? min(half, p.F - 1) + tile * p.F : half * p.F);
+                column[i] = weight_scale(p, t.expert, row, 0);
+            }
+        }
+        int main_steps = (p.C + BC - 1) / BC;
+        int previous = -1;
+        u32 base = 0;
+#pragma unroll
+        for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] = 0.f;
+        for (int step = 0; step < main_steps; ++step) {
+            base = ring.wait();
+            // a slot whose table is needed after the sum is freed then
+            if (WIDE) wide_step(base, group, warp, lane);
+            else if (SCALE == SLAB) slab_step(base, group, warp, lane);
+            else narrow_step(base, group, warp, lane, ring, previous);
+            previous = ring.next();
+            if (DRAINS && (WIDE || SCALE == SLAB || step + 1 < main_steps)) ring.free(previous, lane);
+        }
+        mma_wait<0>();
+        if (WIDE && SCALE == TABLE) {
+#pragma unroll
+            for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] *= TABLE_DOWN;
+        }
+        if (SCALE == COLUMN || (!WIDE && SCALE != SLAB)) {
+            u32 table = base + A_BYTES + B_BYTES;
+#pragma unroll
+            for (int j = 0; j < BN / 8; ++j) {
+                float s0 = 1.f, s1 = 1.f;
+                if (!WIDE) lds_float2(table + (8 * j + 2 * q) * 4, s0, s1);
+#pragma unroll
+                for (int tile = 0; tile < MT; ++tile) {
+                    acc[tile][4 * j] *= s0 * column[2 * tile];
+                    acc[tile][4 * j + 1] *= s1 * column[2 * tile];
+                    acc[tile][4 * j + 2] *= s0 * column[2 * tile + 1];
+                    acc[tile][4 * j + 3] *= s1 * column[2 * tile + 1];
+                }
+            }
+        }
+        if (!WIDE && SCALE != SLAB) ring.free(previous, lane);
+        for (int r0 = 0; r0 < p.R; r0 += LORA_RANKS) {
+            base = ring.wait();
+            u32 a = descriptor(base + group * (A_BYTES / 2)), b = descriptor(base + A_BYTES);
+            int steps = (min(p.R - r0, LORA_RANKS) + 15) / 16;
+            for (int k = 0; k < steps; ++k) {
+                mma_fence();
+#pragma unroll
+                for (int tile = 0; tile < MT; ++tile)
+                    MMA::wide_ss(acc[tile], whole_lora(a + tile * (64 * BC >> 4) + k * 2), whole_lora(b + k * 2), 1);
+                mma_commit();
+                mma_wait<0>();
+            }
+            ring.free(ring.next(), lane);
+        }
+        if (STAGE == GRADIENT) {
+            gradient(p, t, ring, group, warp, lane, f, shares);
+            return;
+        }
+        if (DUAL) {
+            swiglu(p, t, lane, f);
+            return;
+        }
+        u16* to = p.out + (long long)(t.row0 + 2 * q) * p.F + f;
+#pragma unroll
+        for (int tile = 0; tile < MT; ++tile) {
+            int live = f + tile * 64 < p.F ? t.rows - 2 * q : 0;
+#pragma unroll
+            for (int j = 0; j < BN / 8; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (8 * j + i < live)
+                        *(u32*)(to + (8 * j + i) * p.F + tile * 64) = pack_bf16(acc[tile][4 * j + i], acc[tile][4 * j + 2 + i]);
+        }
+    }
+
+    __device__ __forceinline__ void swiglu(const Params& p, const Tile& t, int lane, int f) {
+        int g = lane >> 2, q = lane & 3;
+        // with MT = 1 a thread keeps one of its two tokens, and neighbours trade for the other feature
+        int odd = MT == 1 ? g & 1 : 0, first = 2 * q + odd, u = MT == 1 ? g >> 1 : g;
+        f -= odd;
+        int live = f < p.F ? t.rows - first : 0;
+        u16* to = p.out + (long long)(t.row0 + first) * (2 * p.F) + f;
+        // h is stored as the next product reads it: even columns of each 16 first, then odd ones
+        int where = WIDE ? (f & ~15) + (u & 1) * 8 + ((f & 15) >> 1) - (u & 1) : f;
+        u16* to_h = p.h + (long long)(t.row0 + first) * p.F + where;
+#pragma unroll
+        for (int j = 0; j < BN / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < (MT == 1 ? 1 : 2); ++i) {
+                u32 gates, ups;
+                if (MT == 1) {
+                    u32 low = pack_bf16(acc[0][4 * j], acc[0][4 * j + 2]), high = pack_bf16(acc[0][4 * j + 1], acc[0][4 * j + 3]);
+                    u32 got = __shfl_xor_sync(0xFFFFFFFF, odd ? low : high, 4);
+                    gates = odd ? pick(got, high, 0x5410) : pick(low, got, 0x5410);
+                    ups = odd ? pick(got, high, 0x7632) : pick(low, got, 0x7632);
+                } else {
+                    gates = pack_bf16(acc[0][4 * j + i], acc[0][4 * j + 2 + i]);
+                    ups = pack_bf16(acc[MT - 1][4 * j + i], acc[MT - 1][4 * j + 2 + i]);
+                }
+                // from the rounded z, so that backward computes the same h again
+                float g0 = low_bf16(gates), g1 = high_bf16(gates);
+                u32 value = pack_bf16(g0 * sigmoid(g0) * low_bf16(ups), g1 * sigmoid(g1) * high_bf16(ups));
+                if (WIDE) {
+                    u32 other = __shfl_xor_sync(0xFFFFFFFF, value, MT == 1 ? 8 : 4);
+                    value = u & 1 ? pick(other, value, 0x7632) : pick(value, other, 0x5410);
+                }
+                if (8 * j + i < live) {
+                    u16* line = to + (8 * j + i) * (2 * p.F);
+                    *(u32*)line = gates;
+                    *(u32*)(line + p.F) = ups;
+                    *(u32*)(to_h + (8 * j + i) * p.F) = value;
+                }
+            }
+    }
+
+    __device__ __forceinline__ void gradient(
+        const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, int f, float* shares
+    ) {
+        int g = lane >> 2, q = lane & 3;
+        u16* out = p.out + (long long)t.row0 * (2 * p.F) + f;
+#pragma unroll
+        for (int part = 0; part < BN / ZT; ++part) {
+            u32 base = ring.wait(), table = base + A_BYTES + B_BYTES;
+            float sums[8];
+#pragma unroll
+            for (int jj = 0; jj < ZT / 8; ++jj)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    int j = part * (ZT / 8) + jj;
+                    int local = 8 * jj + 2 * q + i, token = part * ZT + local;
+                    float weight = ldsf(table + local * 4), share = 0.f;
+#pragma unroll
+                    for (int tile = 0; tile < MT; ++tile) {
+                        bool live = f + tile * 64 < p.F && token < t.rows;
+                        u32 granule = (group * MT + tile) * 4 + warp;
+                        u32 at = base + local * (BF * 4) + ((granule ^ ((local >> 1) & 3)) * 32) + g * 4;
+                        u32 gates = lds32(at), ups = lds32(at + BF * 2);
+                        float gate[2] = {low_bf16(gates), high_bf16(gates)}, up[2] = {low_bf16(ups), high_bf16(ups)};
+                        float to_gate[2], to_up[2], sum = 0.f;
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            float dh = acc[tile][4 * j + 2 * half + i];
+                            float s = sigmoid(gate[half]), silu = gate[half] * s;
+                            sum = fmaf(dh, silu * up[half], sum);
+                            dh *= weight;
+                            to_gate[half] = dh * up[half] * fmaf(silu, 1.f - s, s);
+                            to_up[half] = dh * silu;
+                        }
+                        if (live) {
+                            u16* to = out + token * (2 * p.F) + tile * 64;
+                            *(u32*)to = pack_bf16(to_gate[0], to_gate[1]);
+                            *(u32*)(to + p.F) = pack_bf16(to_up[0], to_up[1]);
+                            share += sum;
+                        }
+                    }
+                    sums[2 * jj + i] = share;
+                }
+            ring.free(ring.next(), lane);
+            // eight sums over the eight lanes of a column: each lane ends with one
+#pragma unroll
+            for (int width = 4; width >= 1; width >>= 1) {
+                bool upper = (g & width) != 0;
+#pragma unroll
+                for (int i = 0; i < width; ++i) {
+                    float give = upper ? sums[i] : sums[i + width];
+                    float got = __shfl_xor_sync(0xFFFFFFFF, give, width * 4);
+                    sums[i] = (upper ? sums[i + width] : sums[i]) + got;
+                }
+            }
+            // lane g has sum number g: token 8 * (g >> 1) + 2q + (g & 1)
+            shares[(group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1)] = sums[0];
+        }
+        named_sync(2, 256);
+        int thread = group * 128 + warp * 32 + lane;
+        for (int r = thread; r < t.rows; r += 256) {
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum += shares[i * BN + r];
+            p.shares[(long long)t.index_f * p.num_rows + t.row0 + r] = sum;
+        }
+        named_sync(2, 256);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_constant__ Params p) {
+    // [stages, from a multiple of 1024][barriers][rows of the producer's tile][shares][experts' tiles and offsets]
+    extern __shared__ u8 raw[];
+    u8* shared = raw + (-smem_address(raw) & 1023);
+    u64* barriers = (u64*)(shared + STAGES * STAGE_BYTES);
+    u64* rows = barriers + 2 * STAGES;
+    int* source = (int*)(rows + BN);
+    float* shares = (float*)(source + BN);
+    int* before = (int*)(shares + (STAGE == GRADIENT ? 8 * BN : 0));
+    int* offsets = before + p.E + 1;
+    int thread = threadIdx.x, lane = thread & 31;
+    u32 full = smem_address(barriers), empty = full + STAGES * 8;
+    if (thread < 32) {
+        // an inclusive scan of the experts' token tiles
+        int sum = 0;
+        for (int e0 = 0; e0 < p.E; e0 += 32) {
+            int e = e0 + lane, tiles = 0;
+            if (e < p.E) {
+                int end = __ldg(p.offsets + e), start = e ? __ldg(p.offsets + e - 1) : 0;
+                offsets[e] = end;
+                tiles = (end - start + BN - 1) / BN;
+            }
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                int other = __shfl_up_sync(0xFFFFFFFF, tiles, d);
+                if (lane >= d) tiles += other;
+            }
+            if (e < p.E) before[e + 1] = sum + tiles;
+            sum += __shfl_sync(0xFFFFFFFF, tiles, 31);
+        }
+        if (lane == 0) before[0] = 0;
+    }
+    if (thread == 64) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full + i * 8, 256);
+            barrier_init(empty + i * 8, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    Schedule schedule{before, offsets, p.E, (p.F + TILE_F - 1) / TILE_F};
+    u32 stages = smem_address(shared);
+    if (thread < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 @PRODUCER_REGISTERS@;");
+        produce(p, schedule, stages, full, empty, rows, source, thread);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 @CONSUMER_REGISTERS@;");
+        int group = (thread >> 7) - 1, warp = (thread >> 5) & 3;
+        Ring ring{stages, full, empty, 0, 0};
+        int total = schedule.total();
+        for (int id = blockIdx.x; id < total; id += gridDim.x) {
+            Tile t = schedule.at(id);
+            Work work;
+            work.run(p, t, ring, group, warp, lane, shares);
+        }
+    }
+}

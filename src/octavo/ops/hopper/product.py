@@ -1,0 +1,190 @@
+"""The grouped product of `product.cu`: what it takes, and how it is launched.
+
+Legend: ``M`` rows sorted by expert, ``E`` experts, ``F`` features (columns of the product), ``C`` contraction.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from octavo.errors import EngineError
+from octavo.formats.weight import Float8Weight
+from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode, launch, missing
+from octavo.ops.weights import storage
+
+MAX_EXPERTS = 1024
+FEATURES = 128
+"""Features of a tile per product (with SwiGLU half of them gates)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that multiply: ``values`` bfloat16 or E4M3 [*, C], read at ``token_M`` where given; E4M3 rows with
+    float32 ``scales`` [*, groups].
+    """
+
+    values: Tensor
+    token_M: Tensor | None = None
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LoraStep:
+    """One more step of the contraction: ``xa`` bfloat16 [M, R] times ``factor``, [E, F, R], or [E, R, F] for the input
+    gradient; bfloat16 or float32.
+    """
+
+    xa: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True)
+class GateGradient:
+    """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32 [ceil(F / 256), M]
+    takes each row's parts of <dh, h>.
+    """
+
+    z: Tensor
+    p_M: Tensor
+    shares: Tensor
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [
+        ("map", ctypes.c_uint64 * 16),
+        *((name, ctypes.c_void_p) for name in (
+            "act", "token", "offsets", "act_scale", "scales", "xa", "factor", "out", "h", "z", "p", "shares",
+        )),
+        ("num_rows", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in (
+            "E", "F", "C", "w_rows", "w_cols", "part_rows", "grid_n", "grid_k", "sb_n", "sb_k", "act_groups", "R",
+            "p_float",
+        )),
+        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("pad", ctypes.c_uint * 5),
+    ]  # fmt: skip
+
+
+def unsupported(weight: Float8Weight, device: torch.device) -> str | None:
+    """Why the kernel cannot multiply with ``weight`` on ``device``, or ``None``."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "its kernels are built for Hopper (compute capability 9.0)"
+    if reason := missing():
+        return reason
+    if weight.num_experts > MAX_EXPERTS:
+        return f"its kernels take at most {MAX_EXPERTS} experts, and this stack has {weight.num_experts}"
+    shape = [weight.out_features, weight.in_features]
+    if weight.in_features % 16 or weight.out_features % 32 or weight.rows % 16:
+        return f"weights must be [a multiple of 32, a multiple of 16], and this one is {shape}"
+    if max(shape) >= 2**16:
+        return f"widths must be below 65536, and the weight is {shape}"
+    whole_row = weight.block[1] >= weight.in_features
+    if not whole_row and (weight.block[0] % 128 or weight.block[1] % 128):
+        return f"scale blocks must be multiples of 128, and these are {weight.block[0]}x{weight.block[1]}"
+    return None
+
+
+def slabs_cross_parts(weight: Float8Weight) -> bool:
+    """Whether 128 rows of the weight can lie in two parts: E4M3 slabs of the input gradient cannot."""
+    return weight.parts > 1 and weight.rows % 128 != 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _magic(divisor: int) -> int:
+    return -(-(2**32) // divisor) & 0xFFFFFFFF
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int) -> "ctypes.Array[ctypes.c_uint64]":
+    """The tensor map by which a weight's tiles are fetched.
+
+    A tile that is not flipped brings its rows in the order of wgmma's fragments: of a thread's 4 neighbouring features,
+    each goes to another of 4 row positions 8 apart (2 of 2 with ``dual``).
+    """
+    from cuda.bindings import driver
+
+    step = 128 if products == 2 else 64
+    swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+    if flip:
+        dims, strides, box = [cols, rows, experts], [cols, rows * cols], [128, step, 1]
+    else:
+        if dual and products == 1:
+            # a gate and an up feature side by side
+            dims, strides = [cols, 8, 2, experts * rows // 8], [cols, cols * rows // 2, 8 * cols]
+        else:
+            dims, strides = [cols, 8, 2, experts * rows // 16], [2 * cols, cols, 16 * cols]
+        box = [step, 8, 2, 8 if dual and products == 1 else 4]
+        if step == 64:
+            swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8, len(dims), address,
+        [driver.cuuint64_t(n) for n in dims], [driver.cuuint64_t(n) for n in strides],
+        [driver.cuuint32_t(n) for n in box], [driver.cuuint32_t(1)] * len(dims),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )  # fmt: skip
+    if int(status):
+        raise EngineError(f"the CUDA driver refused the tensor map of a weight [{experts}, {rows}, {cols}]: {status}.")
+    return (ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque))
+
+
+def product(
+    rows: Rows,
+    weight: Float8Weight,
+    offsets_E: Tensor,
+    out: Tensor,
+    *,
+    flip: bool = False,
+    lora: LoraStep | None = None,
+    h: Tensor | None = None,
+    gradient: GateGradient | None = None,
+    tokens: int = 128,
+    products: int = 2,
+) -> None:
+    """Write ``out``: ``rows · Wᵀ`` (``rows · W`` with ``flip``) [M, F]; z [M, 2F] with ``h`` [M, F]; or dz [M, 2F]
+    with ``gradient``.
+
+    bfloat16 rows of a product that is not flipped, and ``h``, are interleaved: of each 16 columns the even ones first
+    (see :func:`octavo.ops.hopper.interleave.interleave`). ``tokens``: of a tile.
+    """
+    num_rows = out.shape[0]
+    if num_rows == 0:
+        return
+    wide = rows.values.dtype == torch.bfloat16
+    whole_row = weight.block[1] >= weight.in_features
+    if wide:
+        scale = TABLE if flip or not whole_row else COLUMN
+    else:
+        scale = SLAB if not whole_row else NONE if flip else COLUMN
+    stage = SWIGLU if h is not None else GRADIENT if gradient is not None else STORE
+    features = weight.in_features if flip else weight.out_features // (2 if h is not None else 1)
+    contraction = weight.out_features if flip else weight.in_features
+    codes, _ = storage(weight)
+    grid_n, grid_k = weight.scales.shape[2:]
+    params = _Params(
+        _tensor_map(_address(codes), *codes.shape, flip, h is not None, products), _address(rows.values), _address(rows.token_M), _address(offsets_E), _address(rows.scales),
+        _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor),
+        _address(out), _address(h), gradient and _address(gradient.z), gradient and _address(gradient.p_M),
+        gradient and _address(gradient.shares), num_rows, weight.num_experts, features, contraction,
+        weight.out_features, weight.in_features, weight.rows, grid_n, grid_k, weight.block[0], weight.block[1],
+        1 if rows.scales is None else rows.scales.shape[1], 0 if lora is None else lora.xa.shape[1],
+        gradient is not None and gradient.p_M.dtype == torch.float32, _magic(weight.block[0]), _magic(weight.block[1]),
+    )  # fmt: skip
+    device = out.device
+    tile = products * FEATURES // (2 if h is not None else 1)
+    most = (-(-num_rows // tokens) + weight.num_experts) * -(-features // tile)
+    blocks = min(most, torch.cuda.get_device_properties(device).multi_processor_count)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    mode = Mode(wide, flip, scale, stage, tokens, products)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    launch(mode, device.index or 0, blocks, stream, ctypes.addressof(pointers))
