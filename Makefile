@@ -12,8 +12,9 @@ PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist workste
 
 NEW = .venv/.installed
 LOWEST = .venv-lowest/.installed
+KERNELS = .kernels/.installed
 
-.PHONY: help demo test test-full test-lowest check check-format check-lint check-types format gpu-test gpu-bench clean
+.PHONY: help demo test test-full test-lowest test-kernels check check-format check-lint check-types format gpu-test gpu-bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make test         the tests, on the newest supported versions"
 	@echo "make test-full    the same with the slow ones"
 	@echo "make test-lowest  the integration tests, on the lowest supported versions"
+	@echo "make test-kernels the Triton kernels, on the CPU: interpreted, and compiled for sm_90 without running"
 	@echo "make check        format, lint and types"
 	@echo "make format       put the format right"
 	@echo "make gpu-test     the tests that need a GPU, with this machine's python3 and its packages"
@@ -38,6 +40,12 @@ test-full: $(NEW)
 
 test-lowest: $(LOWEST)
 	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" $(PYTEST) tests/integrations tests/nn tests/test_project.py $(ARGS)
+
+# Triton lies in a folder of its own, in front of .venv: where it can be imported, torch and transformers take other
+# ways, which is not what the other tests are about.
+test-kernels: $(NEW) $(KERNELS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)/.kernels" TRITON_INTERPRET=1 \
+		$(PYTEST) tests/ops/kernels $(ARGS)
 
 # Three targets, so that `make --keep-going check` tells what all of them find.
 check: check-format check-lint check-types
@@ -63,7 +71,7 @@ gpu-bench:
 	$(OFFLINE) PYTHONPATH=src $(PYTHON) -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .kernels .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(NEW): pyproject.toml constraints.txt
@@ -71,6 +79,11 @@ $(NEW): pyproject.toml constraints.txt
 
 $(LOWEST): pyproject.toml constraints-lowest.txt
 	$(call install,.venv-lowest,constraints-lowest.txt,test)
+
+$(KERNELS): constraints-kernels.txt
+	rm -rf .kernels
+	$(PYTHON) -m pip install -qq --no-deps --target .kernels --requirement constraints-kernels.txt
+	@touch $@
 
 # install(FOLDER, CONSTRAINTS, EXTRA)
 define install

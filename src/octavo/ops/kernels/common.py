@@ -29,6 +29,21 @@ def expert_rows(offsets_E, e):
     return start, tl.load(offsets_E + e)
 
 
+@triton.jit
+def to_e4m3(x, WIDE: tl.constexpr):
+    """Float32 within ±448 to E4M3, to nearest, ties to even. ``WIDE``: in the interpreter, whose own conversion loses
+    the carry into the exponent, so that it is given values that need no rounding.
+    """
+    if WIDE:
+        bits = x.to(tl.int32, bitcast=True)
+        # three bits of mantissa stay of 23
+        bits += 0x7FFFF + ((bits >> 20) & 1)
+        normal = (bits & -0x100000).to(tl.float32, bitcast=True)
+        # subnormals are multiples of 2^-9: the last bit of a float32 between 2^14 and 2^15
+        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+    return x.to(tl.float8e4nv)
+
+
 def num_multiprocessors(device: torch.device) -> int:
     """Programs that fill the device once; a handful in the interpreter, so that a persistent loop has several turns."""
     if device.type != "cuda":

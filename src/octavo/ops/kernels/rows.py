@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, expert_tiles, padded_rank
+from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -73,7 +73,7 @@ def rows_kernel(
                 if GROUP < K:
                     # one group per step: BK == GROUP
                     scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
-                    code = tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX).to(tl.float8e4nv)
+                    code = to_e4m3(tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX), WIDE)
                     mask = mask_m[:, None] & (k < K)[None, :]
                     tl.store(codes + row.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
                     groups: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -89,7 +89,7 @@ def rows_kernel(
             for k0 in range(0, K, BK):
                 k = k0 + tl.arange(0, BK)
                 _, value = _load(x, source, k, mask_m, scale_EK, e, K, FOLD)
-                code = tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX).to(tl.float8e4nv)
+                code = to_e4m3(tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX), WIDE)
                 mask = mask_m[:, None] & (k < K)[None, :]
                 tl.store(codes + row.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
 

@@ -15,9 +15,9 @@ from octavo.ops.kernels.common import ceil_div
 @triton.jit
 def _one_hot(index, chunk_start, M, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     pair = chunk_start + tl.arange(0, BLOCK)
-    expert = tl.load(index + pair, mask=pair < M, other=E).to(tl.int32)
+    expert = tl.load(index + pair, mask=pair < M, other=E)
     # off-rank ids share the last, dropped bin: their order is kept after everybody else's
-    expert = tl.minimum(expert, E)
+    expert = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
     return expert, (expert[:, None] == tl.arange(0, EP)[None, :]) & (pair < M)[:, None]
 
 

@@ -1,0 +1,67 @@
+"""Compile the kernels of whole layers for sm_90, on any machine, and say what each takes: one line of JSON per kernel.
+
+python -m tests.ops.kernels.compiled MODEL:ENGINE ...     without TRITON_INTERPRET
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compiling import compile_only
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One compiled kernel. ``stack``: bytes per thread that did not fit the registers."""
+
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+
+
+def compiled_kernels() -> Iterator[tuple[str, Any]]:
+    """Everything that this process has compiled."""
+    from triton.runtime.jit import JITFunction
+
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("octavo.ops.kernels."):
+            for function in vars(module).values():
+                if isinstance(function, JITFunction) and function.fn.__module__ == name:
+                    for cache in function.device_caches.values():
+                        yield from ((function.fn.__name__, kernel) for kernel in cache[0].values())
+
+
+def usage(name: str, kernel: Any) -> Usage:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"\b{what}:(\d+)", printed)[-1]) for what in ("REG", "STACK"))
+    return Usage(name, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared)
+
+
+def main(jobs: list[str]) -> None:
+    compile_only()
+    from benchmarks.layer import compile_one, engines
+
+    numbers = {f"{name}-{numerics}": number for number, (numerics, name, _) in enumerate(engines())}
+    for job in jobs:
+        model, tokens, engine = job.split(":")
+        compile_one((model, int(tokens), numbers[engine]))
+    for name, kernel in compiled_kernels():
+        print(json.dumps(asdict(usage(name, kernel))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,34 @@
+"""Every kernel compiles for Hopper as the layers of real models launch it, and the passes keep to the registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# the products have a budget of their own, and their tiles are chosen by time
+PASSES = ("rows", "combine", "sum_parts", "outer", "dequantize", "transpose", "count", "scan", "place")
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        pytest.param(["qwen3:2048:fused-exact", "qwen3:2048:scaled-fp8"], id="block scales"),
+        pytest.param(["glm:32768:dequant-exact", "glm:32768:scaled-fp8"], id="channel scales"),
+    ],
+)
+def test_compiles_for_sm_90(jobs: list[str], tmp_path: Path) -> None:
+    known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ops.kernels.compiled", *jobs],
+        capture_output=True, text=True, env=known | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    print(*kernels, sep="\n")
+    names = {kernel["kernel"].removesuffix("_kernel") for kernel in kernels}
+    assert {"product", *PASSES[:4]} <= names
+    spilled = [one for one in kernels if one["stack"] and one["kernel"].removesuffix("_kernel") in PASSES]
+    assert not spilled, spilled
