@@ -44,6 +44,7 @@ def test_operators_keep_their_contracts(engine: str, rank: int | None) -> None:
     how = (engine, "exact")
     check = torch.library.opcheck
     check(operators.mlp, (x, case.index_TK, p, sides, specs, "swiglu", *how))
+    check(operators.mlp_inference, (x, case.index_TK, p, sides, specs, "swiglu", *how))
     _, z, xa, ha, *routing = operators.mlp(x, case.index_TK, p, sides, specs, "swiglu", *how)
     lora = rank is not None
     half = [False, False, True, lora, lora]

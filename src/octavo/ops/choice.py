@@ -191,8 +191,6 @@ def _kernels_why_not(name: str, layer: Layer, *, tested: bool) -> str | None:
     ability = architecture_of(layer.device).kernels
     if ability.runs == "no" or (tested and ability.runs == "untested"):
         return ability.why
-    if layer.kind == "linear":
-        return "its kernels compute no linear layers yet"
     if reason := triton_missing():
         return reason
     if layer.dtype not in (torch.bfloat16, None):
@@ -210,6 +208,10 @@ def _kernels_why_not(name: str, layer: Layer, *, tested: bool) -> str | None:
         cut = [width for width in layer.widths if width % 128]
         if name == "scaled" and cut:
             return f"it multiplies whole blocks, and {cut[0]} is not a multiple of 128"
+    if layer.layout == "block" and layer.kind == "linear" and name == "scaled":
+        odd = [size for size in layer.block if size < 16 or size & (size - 1)]
+        if odd:
+            return f"it rounds rows in blocks of a power of two of at least 16, and these have {odd[0]}"
     return None
 
 
@@ -223,10 +225,21 @@ def _without_kernels(name: str, layer: Layer) -> tuple[tuple[str, str], ...]:
 
 def _build(name: str, numerics: Numerics, layer: Layer) -> Engine:
     if name != "reference" and _kernels_why_not(name, layer, tested=name == "dequant") is None:
+        if layer.kind == "linear":
+            from octavo.ops.matrix import MatrixEngine
+
+            straight = {"fused": _UNLIMITED, "dequant": 0}.get(name, _few_rows(layer))
+            scaled_mm = architecture_of(layer.device).scaled_mm.runs == "yes"
+            return MatrixEngine(name, numerics, wide=False, few=straight, scaled_mm=scaled_mm)
         from octavo.ops.fused import KernelEngine
 
         return KernelEngine(name, numerics, wide=False)
     return ProductEngine(name, numerics, wide=name == "reference")
+
+
+def _few_rows(layer: Layer) -> int:
+    """Up to how many rows the rule reads codes straight into an exact product."""
+    return max((most for most, engine in _rule(layer, "exact")["steps"] if engine == "fused"), default=0) or 0
 
 
 @cache
@@ -253,6 +266,7 @@ def _rule(layer: Layer, numerics: Numerics) -> dict[str, Any]:
     )
 
 
+@cache
 def decode_limit(device: torch.device) -> float:
     """Up to how many rows per expert a forward without gradient reads weights row by row; 0 where it never does."""
     entry = _data()["decode"].get(architecture_of(device).name)

@@ -77,10 +77,10 @@ def expert_mlp(
         weights = ((up.spec, up.weight.shape), (down.spec, down.weight.shape))
         layer = experts_layer(x_TH.device, x_TH.dtype, weights, bias=up.bias is not None)
         engine = select(engine.name, engine.numerics, layer, index_TK.numel() / up.weight.shape[0])
-    routing = engine.route(index_TK, up.weight.shape[0])
     if not _differentiates(x_TH, p_TK, sides):
         halves = stages.projection(up.spec, sides[:_SIDE]), stages.projection(down.spec, sides[_SIDE:])
-        return stages.forward(engine, x_TH, p_TK, routing, *halves, gate).y_TH
+        return stages.inference(engine, x_TH, index_TK, p_TK, *halves, gate)
+    routing = engine.route(index_TK, up.weight.shape[0])
     spec = MlpSpec(up.spec, down.spec, gate, engine)
     output: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
         spec, x_TH, p_TK, routing.token_M, routing.row_TK, routing.offsets_E, *sides
@@ -141,6 +141,9 @@ def _routing(tensors: tuple[Tensor | None, ...]) -> Routing:
 def _traced(x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, sides: list[Tensor | None], spec: MlpSpec) -> Tensor:
     """The layer in a compiled graph. A gate that no operator can name is traced, between two operators."""
     if operators.has_operator(spec.gate):
+        if not torch.is_grad_enabled():
+            how = (spec.gate.name, spec.engine.name, spec.engine.numerics)
+            return cast(Tensor, operators.mlp_inference(x_TH, index_TK, p_TK, sides, spec.flat, *how))
         return cast(Tensor, TracedMlp.apply(spec, x_TH, index_TK, p_TK, *sides))  # type: ignore[no-untyped-call]
     z_MG, *routing = TracedUp.apply(spec, x_TH, index_TK, *sides)  # type: ignore[no-untyped-call]
     h_MI = spec.gate.forward(z_MG).to(z_MG.dtype)

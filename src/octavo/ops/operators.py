@@ -120,6 +120,29 @@ def _fake_routing(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     return rows, index.new_empty(index.shape, dtype=torch.int64), index.new_empty((num_experts,), dtype=torch.int32)
 
 
+@torch.library.custom_op("octavo::mlp_inference", mutates_args=())
+def mlp_inference(
+    x: Tensor,
+    index: Tensor,
+    p: Tensor,
+    sides: list[Optional[Tensor]],  # noqa: UP045
+    specs: list[int],
+    gate: str,
+    engine: str,
+    numerics: str,
+) -> Tensor:
+    """The expert MLP forward without gradient: y_TH, and nothing for backward."""
+    chosen = _engine(x, index.numel(), sides, specs, engine, numerics)
+    up_spec, down_spec = _specs(specs)
+    halves = stages.projection(up_spec, sides[:_SIDE]), stages.projection(down_spec, sides[_SIDE:])
+    return stages.inference(chosen, x, index, p, *halves, _GATES[gate])
+
+
+@mlp_inference.register_fake
+def _(x, index, p, sides, specs, gate, engine, numerics):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
 @torch.library.custom_op("octavo::mlp_backward", mutates_args=())
 def mlp_backward(
     dy: Tensor,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.ops import decode
 from octavo.ops.engines import Engine, Projection, ProjectionGrads, Wants
 from octavo.ops.gates import Gate
 from octavo.ops.routing import Routing, row_probabilities
@@ -51,6 +52,16 @@ def forward(
     z_MG, h_MI, xa_MR = engine.up(x_TH, routing, up, gate)
     y_TH, ha_MR = engine.down(h_MI, p_TK, routing, down)
     return Outputs(y_TH, z_MG, xa_MR, ha_MR)
+
+
+def inference(
+    engine: Engine, x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, up: Projection, down: Projection, gate: Gate
+) -> Tensor:
+    """The output alone, from unsorted pairs: nothing is kept, and few pairs read their experts' weights directly."""
+    num_experts = up.weight.num_experts
+    if decode.applies(engine, x_TH, index_TK, num_experts):
+        return decode.expert_mlp(x_TH, index_TK, p_TK, up, down, gate, engine.numerics)
+    return forward(engine, x_TH, p_TK, engine.route(index_TK, num_experts), up, down, gate).y_TH
 
 
 def backward(
