@@ -136,6 +136,11 @@ def check(name: str, numerics: str) -> None:
         raise EngineError(f"engine {name!r} cannot compute numerics {numerics!r}: {why}. Usable: {usable}.")
 
 
+def computes(name: str, numerics: str) -> bool:
+    """Whether engine ``name`` computes ``numerics`` on any layer."""
+    return numerics in _COMPUTES[name][0]
+
+
 @lru_cache(maxsize=512)
 def choose(name: str, numerics: str, layer: Layer) -> Choice:
     """The engines called ``name`` for ``numerics`` on ``layer``; ``auto`` takes what the rule says and can run.
