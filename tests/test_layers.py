@@ -17,10 +17,12 @@ MAY_IMPORT = {
     "checkpoint": {"formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats"},
+    "bench": {"ops", "formats", "checkpoint"},
+    "doctor": {"bench", "ops", "formats", "checkpoint"},
     "integrations": {"nn", "ops", "formats", "checkpoint"},
     "train": {"integrations", "nn", "ops", "formats", "checkpoint"},
     "demo": {"train", "integrations", "nn", "ops", "formats", "checkpoint"},
-    "cli": {"demo", "train", "integrations", "nn", "ops", "formats", "checkpoint"},
+    "cli": {"bench", "doctor", "demo", "train", "integrations", "nn", "ops", "formats", "checkpoint"},
 }
 # Third-party packages of the layers below the integrations.
 NEEDS_ONLY = {

@@ -22,6 +22,7 @@ from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import quantize
 from octavo.nn.experts import DenseExperts, Float8Experts
 from octavo.nn.linear import Float8Linear
+from octavo.nn.settings import Settings
 from tests.checkpoints import Built, build, copy_of, edit_config, edit_index, edit_tensors
 from tests.integrations.test_matrix import logits, on_disk, relative, same_bytes, stock
 
@@ -82,8 +83,10 @@ def test_configure_changes_every_module_or_none(built: Callable[..., Built]) -> 
     assert {m.settings.numerics for m in ours} == {"exact"}
     exact = logits(model)
     octavo.configure(model, numerics="fp8")
-    assert {str(m.settings) for m in ours} == {"numerics=fp8, engine=reference (auto)"}
-    assert "numerics=fp8" in repr(ours[0])
+    assert all("numerics=fp8, engine=reference (auto)" in repr(m) for m in ours)
+    with pytest.raises(EngineError, match="engine 'fused' cannot run this layer: its kernels need a GPU"):
+        octavo.configure(model, numerics="exact", engine="fused")
+    assert {m.settings for m in ours} == {Settings("fp8")}
     assert 1e-4 < relative(logits(model), exact) < 0.2
 
 

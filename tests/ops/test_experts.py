@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.ops.engines import select
+from octavo.ops.choice import Request, select
 from octavo.ops.experts import Side, expert_mlp
-from octavo.ops.gates import SWIGLU, ModelGate
+from octavo.ops.gates import SWIGLU, Gate, ModelGate
 from octavo.ops.weights import WeightSpec
 from tests.ops.cases import (
     BLOCK,
@@ -188,18 +188,80 @@ def test_nothing_dequantized_is_kept() -> None:
             assert tensor.dtype in (torch.uint8, torch.int64, torch.int32)
 
 
-def test_compiles_without_a_break() -> None:
-    case = Case(random_index(24, 2, 6))
-    sides = case.side("up", case.up), case.side("down", case.down)
+def test_without_gradient_nothing_is_kept_and_nothing_changes() -> None:
+    case = Case(random_index(20, 2, 6), bias=True)
     engine = select("dequant", "exact")
+    want = run(case, engine)["y"]
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    sides = case.side("up", case.up), case.side("down", case.down)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = expert_mlp(case.inputs["x"], case.index_TK, case.inputs["p"], *sides, SWIGLU, engine)
+    assert torch.equal(y, want)
+    assert not y.requires_grad
+    assert kept == []
+
+
+OWN = ModelGate("own", lambda z: torch.nn.functional.silu(z.chunk(2, -1)[0]) * z.chunk(2, -1)[1])
+
+
+@pytest.mark.parametrize("gate", [SWIGLU, OWN], ids=["swiglu", "own gate"])
+@pytest.mark.parametrize(("engine", "numerics"), [("dequant", "exact"), ("reference", "fp8"), ("auto", "fp8_grad")])
+def test_compiles_without_a_break(engine: str, numerics: str, gate: Gate) -> None:
+    """Output and each gradient of the compiled layer, LoRA and biases included; off-rank ids among the experts'."""
+    index = random_index(24, 2, 6)
+    index[3, 0] = 9
+    case = Case(index, bias=True)
+    sides = case.side("up", case.up), case.side("down", case.down)
+    asked = Request(engine, numerics)
 
     def step(x: Tensor, p: Tensor) -> Tensor:
-        return expert_mlp(x, case.index_TK, p, *sides, SWIGLU, engine)
+        return expert_mlp(x, case.index_TK, p, *sides, gate, asked)
 
     x, p = case.inputs["x"], case.inputs["p"]
     want = step(x, p)
     want_grads = torch.autograd.grad(want, list(case.inputs.values()), case.dy)
-    got = torch.compile(step, backend="aot_eager", fullgraph=True)(x, p)
+    # every case of this test has the code of this ``step``
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    got = compiled(x, p)
     got_grads = torch.autograd.grad(got, list(case.inputs.values()), case.dy)
     for a, b in zip((want, *want_grads), (got, *got_grads), strict=True):
+        assert relative_error(a, b) < 1e-6
+    with torch.no_grad():
+        assert relative_error(want, compiled(x, p)) < 1e-6
+
+
+def test_a_compiled_layer_is_one_graph_of_operators() -> None:
+    """What tracing sees of the layer is octavo's operators, not their insides."""
+    case = Case(random_index(24, 2, 6))
+    sides = case.side("up", case.up), case.side("down", case.down)
+
+    def step(x: Tensor, p: Tensor) -> Tensor:
+        return expert_mlp(x, case.index_TK, p, *sides, SWIGLU, Request("auto", "exact"))
+
+    found = torch._dynamo.explain(step)(case.inputs["x"], case.inputs["p"])
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
+def test_plain_weights_compile_with_their_gradient() -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(5, 16, 12, requires_grad=True), torch.randn(5, 8, 12, requires_grad=True)
+    x, p = torch.randn(20, 12, requires_grad=True), torch.rand(20, 2, requires_grad=True)
+    sides = Side(WeightSpec(False, 2), up), Side(WeightSpec(False, 1, transposed=True), down)
+    leaves = (x, p, up, down)
+    index = random_index(20, 2, 5)
+
+    def step(x: Tensor) -> Tensor:
+        return expert_mlp(x, index, p, *sides, SWIGLU, Request("auto", "exact"))
+
+    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        grads = torch.autograd.grad(function(x).square().sum(), leaves)
+        if function is step:
+            want = grads
+    for a, b in zip(want, grads, strict=True):
         assert relative_error(a, b) < 1e-6

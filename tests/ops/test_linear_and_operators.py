@@ -5,12 +5,13 @@ import torch
 
 from octavo.errors import EngineError
 from octavo.formats.weight import quantize
-from octavo.ops import operators
-from octavo.ops.engines import select
+from octavo.ops import dequant, operators, reference
+from octavo.ops.choice import select
+from octavo.ops.gates import SWIGLU
 from octavo.ops.linear import float8_linear
 from octavo.ops.routing import combine, route
 from octavo.ops.weights import WeightSpec, storage
-from tests.ops.cases import LAYOUTS, TOLERANCE, relative_error
+from tests.ops.cases import BLOCK, LAYOUTS, TOLERANCE, Case, random_index, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -31,31 +32,44 @@ def test_linear_matches_float64(engine: str, layout: object, dtype: torch.dtype)
     assert relative_error(dy.double() @ dense, dx) < TOLERANCE[engine, dtype]
 
 
-def test_operators_keep_their_contracts() -> None:
-    weight = quantize(torch.randn(3, 10, 12), LAYOUTS[2])
-    codes, scales = storage(weight)
-    codes = codes.view(torch.uint8)
-    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
-    x, dy = torch.randn(6, 12), torch.randn(6, 10)
-    for engine in ("reference", "dequant"):
-        static = (1, list(weight.block), False)
-        torch.library.opcheck(operators.grouped_product, (x, codes, scales, offsets, *static, False, engine, "exact"))
-        torch.library.opcheck(operators.grouped_product, (dy, codes, scales, offsets, *static, True, engine, "exact"))
-        flat = (codes[0], scales[0], list(weight.block))
-        torch.library.opcheck(operators.product, (x, *flat, False, engine, "exact"))
-        torch.library.opcheck(operators.product, (dy, *flat, True, engine, "exact"))
-    torch.library.opcheck(operators.grouped_outer, (dy, x, offsets))
+@pytest.mark.parametrize("engine", ["reference", "dequant"])
+@pytest.mark.parametrize("rank", [3, None])
+def test_operators_keep_their_contracts(engine: str, rank: int | None) -> None:
+    """Schemas, fakes and their shapes and strides, as torch checks them."""
+    case = Case(random_index(7, 2, 6), layout=BLOCK, rank=rank, bias=True)
+    x, p = case.inputs["x"].detach(), case.inputs["p"].detach()
+    up, down = case.side("up", case.up), case.side("down", case.down)
+    sides = [None if t is None else t.detach() for t in (*up.tensors, *down.tensors)]
+    specs = operators.flatten(up.spec) + operators.flatten(down.spec)
+    how = (engine, "exact")
+    check = torch.library.opcheck
+    check(operators.mlp, (x, case.index_TK, p, sides, specs, "swiglu", *how))
+    check(operators.mlp_inference, (x, case.index_TK, p, sides, specs, "swiglu", *how))
+    _, z, xa, ha, *routing = operators.mlp(x, case.index_TK, p, sides, specs, "swiglu", *how)
+    lora = rank is not None
+    half = [False, False, True, lora, lora]
+    check(operators.mlp_backward, (
+        case.dy, x, p, [z, xa, ha], routing, sides, specs, [True, True, *half, *half], "swiglu", *how
+    ))  # fmt: skip
+    check(operators.up, (x, case.index_TK, sides, specs, *how))
+    check(operators.up_backward, (z, x, xa, routing, sides, specs, [True, *half], *how))
+    h = SWIGLU.forward(z)
+    check(operators.down, (h, p, routing, sides, specs, *how))
+    check(operators.down_backward, (case.dy, h, ha, p, routing, sides, specs, [True, True, *half], *how))
+    flat = (down.weight[0], down.scales[0], list(down.spec.block))
+    check(operators.linear, (h, *flat, False, *how))
+    check(operators.linear, (case.dy, *flat, True, *how))
 
 
-def test_rows_past_the_last_offset_are_zero() -> None:
+@pytest.mark.parametrize("engine", ["reference", "dequant"])
+def test_rows_past_the_last_offset_are_zero(engine: str) -> None:
     weight = quantize(torch.randn(2, 10, 12), LAYOUTS[0])
-    offsets = torch.tensor([1, 3], dtype=torch.int32)
-    for engine in ("reference", "dequant"):
-        y = operators.grouped_product(
-            torch.randn(5, 12), *storage(weight), offsets, 1, [1, 12], False, False, engine, "exact"
-        )
-        assert torch.equal(y[3:], torch.zeros(2, 10))
-        assert bool((y[:3] != 0).all())
+    if engine == "dequant":
+        y = dequant.grouped_product(torch.randn(5, 12), weight, [1, 3], transposed=False)
+    else:
+        y = reference.grouped_product(torch.randn(5, 12), weight, [1, 3], "exact")
+    assert torch.equal(y[3:], torch.zeros(2, 10))
+    assert bool((y[:3] != 0).all())
 
 
 def test_routing_is_stable_and_complete() -> None:
@@ -71,9 +85,12 @@ def test_routing_is_stable_and_complete() -> None:
 @pytest.mark.parametrize(
     ("engine", "numerics", "says"),
     [
-        ("fused9", "exact", "engine 'fused9' does not exist; choose auto or one of reference, dequant"),
+        ("fused9", "exact", "engine 'fused9' does not exist; choose auto or one of reference, dequant, fused, scaled"),
         ("auto", "int4", "numerics 'int4' does not exist; choose one of exact, fp8_grad, fp8"),
         ("dequant", "fp8", "engine 'dequant' cannot compute numerics 'fp8'.*Usable: reference"),
+        ("fused", "fp8", "engine 'fused' cannot compute numerics 'fp8'.*Usable: reference, scaled"),
+        ("scaled", "exact", "engine 'scaled' cannot compute numerics 'exact'.*Usable: reference, dequant, fused"),
+        ("fused", "exact", "engine 'fused' cannot run this layer: its kernels need a GPU. Choose engine 'auto'"),
     ],
 )
 def test_an_engine_that_cannot_run_says_why(engine: str, numerics: str, says: str) -> None:

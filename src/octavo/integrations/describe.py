@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from octavo.nn.experts import OctavoExperts
@@ -73,9 +74,10 @@ def describe(model: nn.Module) -> Description:
     gigabytes: dict[_Key, float] = defaultdict(float)
     trains: dict[_Key, int] = defaultdict(int)
     seen: set[int] = set()
+    dtype = _activations(model)
     for name, module in _weighted(model):
         plain = name.replace(".base_layer", "").replace("base_model.model.", "")
-        key = _Key(_pattern(plain), *_facts(module))
+        key = _Key(_pattern(plain), *_facts(module, dtype))
         counts[key] += 1
         if layer := re.search(r"\.(\d+)\.", plain):
             layers[key].append(int(layer.group(1)))
@@ -122,11 +124,19 @@ def _adapters(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
                 yield parameter
 
 
-def _facts(module: nn.Module) -> tuple[str, str, str]:
+def _activations(model: nn.Module) -> torch.dtype | None:
+    """The dtype that activations will have without autocast: that of the embeddings and norms."""
+    frozen = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+    return next(frozen, None)
+
+
+def _facts(module: nn.Module, dtype: torch.dtype | None) -> tuple[str, str, str]:
     if isinstance(module, OctavoExperts):
-        return module.storage_name(), module.settings.resolve().name, module.settings.numerics
+        device = module.get_parameter(module.experts_layout.down_name).device
+        chosen = module.settings.choose(module.layer(device, dtype))
+        return module.storage_name(), str(chosen), module.settings.numerics
     if isinstance(module, Float8Linear):
-        return f"FP8 {module.layout}", module.settings.resolve().name, module.settings.numerics
+        return f"FP8 {module.layout}", str(module.settings.choose(module.layer(dtype))), module.settings.numerics
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters(recurse=False)})
     return ", ".join(dtypes), "torch", "-"
 

@@ -315,7 +315,18 @@ def prepare(model: PreTrainedModel, settings: Settings) -> None:
     """
     for left in adopt_dense_experts(model, settings):
         logger.warning("experts stay on transformers' own forward: %s", left)
+    _check_engines(model, settings)
     install()
+
+
+def _check_engines(model: nn.Module, settings: Settings) -> None:
+    """Raise unless the engine asked for can run every layer of ``model`` where that is now."""
+    for module in model.modules():
+        if isinstance(module, OctavoExperts):
+            device = module.get_parameter(module.experts_layout.down_name).device
+            settings.choose(module.layer(device, None))
+        elif isinstance(module, Float8Linear):
+            settings.choose(module.layer(None))
 
 
 def configure(model: nn.Module, *, numerics: str | None = None, engine: str | None = None) -> nn.Module:
@@ -327,7 +338,7 @@ def configure(model: nn.Module, *, numerics: str | None = None, engine: str | No
     """
     ours = [module for module in model.modules() if isinstance(module, OctavoExperts | Float8Linear)]
     before = ours[0].settings if ours else Settings()
-    Settings(numerics or before.numerics, engine or before.engine)
+    _check_engines(model, Settings(numerics or before.numerics, engine or before.engine))
     adopt_dense_experts(model, before)
     for module in model.modules():
         if isinstance(module, OctavoExperts | Float8Linear):

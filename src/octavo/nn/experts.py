@@ -16,7 +16,9 @@ from octavo.errors import CheckpointError
 from octavo.formats.scheme import ScaleLayout
 from octavo.nn import storage
 from octavo.nn.linear import autocast
-from octavo.nn.settings import Settings
+from octavo.nn.settings import Chosen, Settings
+from octavo.ops.choice import Layer, Request, experts_layer
+from octavo.ops.engines import Engine
 from octavo.ops.experts import Side, expert_mlp
 from octavo.ops.gates import Gate
 from octavo.ops.weights import WeightSpec
@@ -61,6 +63,7 @@ class OctavoExperts(nn.Module):
     num_experts: int
 
     _float8: ClassVar[bool]
+    _chosen: Chosen | None = None
 
     def side(self, name: str, *, parts: int) -> Side:
         raise AssertionError("a storage class answers this")
@@ -70,16 +73,31 @@ class OctavoExperts(nn.Module):
         storage.refuse_parametrization(self)
         layout = self.experts_layout
         x = autocast(hidden_states)
+        up, down = self.side(layout.up_name, parts=layout.parts), self.side(layout.down_name, parts=1)
         y_TH = expert_mlp(
             x.reshape(-1, x.shape[-1]),
             top_k_index.reshape(-1, top_k_index.shape[-1]),
             top_k_weights.reshape(-1, top_k_weights.shape[-1]),
-            self.side(layout.up_name, parts=layout.parts),
-            self.side(layout.down_name, parts=1),
+            up,
+            down,
             self.gate,
-            self.settings.resolve(),
+            self._engine(x, up, down, top_k_index.numel()),
         )
         return y_TH.view(hidden_states.shape).to(hidden_states.dtype)
+
+    def layer(self, device: torch.device, dtype: torch.dtype | None) -> Layer:
+        """What the choice of an engine depends on, for activations in ``dtype``."""
+        layout = self.experts_layout
+        up, down = self.side(layout.up_name, parts=layout.parts), self.side(layout.down_name, parts=1)
+        return _layer(device, dtype, up, down)
+
+    def _engine(self, x: Tensor, up: Side, down: Side, num_pairs: int) -> Engine | Request:
+        if torch.compiler.is_compiling():
+            return self.settings.request
+        key = (self.settings, x.device, x.dtype)
+        if self._chosen is None or self._chosen.key != key:
+            self._chosen = Chosen(key, self.settings.choose(_layer(x.device, x.dtype, up, down)))
+        return self._chosen.choice.at(num_pairs / up.weight.shape[0])
 
     @contextmanager
     def lora(self, name: str, adapters: list[LoraFactors]) -> Iterator[None]:
@@ -104,10 +122,17 @@ class OctavoExperts(nn.Module):
         return cast(Tensor, getattr(self, f"{name}_bias")) if self.experts_layout.has_bias else None
 
     def extra_repr(self) -> str:
-        return f"{self.num_experts} experts, {self.storage_name()}, gate={self.gate.name}, {self.settings}"
+        device = self.get_parameter(self.experts_layout.down_name).device
+        chosen = self.settings.shown(self.layer(device, None))
+        return f"{self.num_experts} experts, {self.storage_name()}, gate={self.gate.name}, {chosen}"
 
     def storage_name(self) -> str:
         raise AssertionError("a storage class answers this")
+
+
+def _layer(device: torch.device, dtype: torch.dtype | None, up: Side, down: Side) -> Layer:
+    weights = ((up.spec, up.weight.shape), (down.spec, down.weight.shape))
+    return experts_layer(device, dtype, weights, bias=up.bias is not None)
 
 
 class Float8Experts(OctavoExperts):

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from octavo.formats.scheme import ScaleLayout
 from octavo.nn import storage
-from octavo.nn.settings import Settings
+from octavo.nn.settings import Chosen, Settings
+from octavo.ops.choice import Layer, Request, linear_layer
+from octavo.ops.engines import Engine
 from octavo.ops.linear import float8_linear
 from octavo.ops.weights import WeightSpec
 
@@ -18,6 +20,8 @@ class Float8Linear(nn.Linear):
     ``weight`` [out, in] holds codes (uint8), ``weight_scale`` their grid (float32 bits in int32), ``input_scale`` a
     static activation scale where the checkpoint has one. Output in the dtype of the input, or of autocast.
     """
+
+    _chosen: Chosen | None = None
 
     def __init__(
         self,
@@ -55,8 +59,20 @@ class Float8Linear(nn.Linear):
         storage.check_activations(self, x)
         x = autocast(x)
         scales = storage.opened_scales(self.get_parameter("weight_scale"))
-        y = float8_linear(x, self.weight, scales, self.spec, self.settings.resolve())
+        y = float8_linear(x, self.weight, scales, self.spec, self._engine(x))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def layer(self, dtype: torch.dtype | None) -> Layer:
+        """What the choice of an engine depends on, for activations in ``dtype``."""
+        return linear_layer(self.weight.device, dtype, self.spec, self.weight.shape)
+
+    def _engine(self, x: Tensor) -> Engine | Request:
+        if torch.compiler.is_compiling():
+            return self.settings.request
+        key = (self.settings, x.device, x.dtype)
+        if self._chosen is None or self._chosen.key != key:
+            self._chosen = Chosen(key, self.settings.choose(self.layer(x.dtype)))
+        return self._chosen.choice.at(x.numel() // max(1, x.shape[-1]))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``codes × scales`` [out, in], rounded once to ``dtype``."""
@@ -69,7 +85,7 @@ class Float8Linear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, FP8 {self.layout}, {self.settings}"
+        return f"{super().extra_repr()}, FP8 {self.layout}, {self.settings.shown(self.layer(None))}"
 
 
 def autocast(x: Tensor) -> Tensor:

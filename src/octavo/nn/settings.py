@@ -2,26 +2,50 @@
 
 from dataclasses import dataclass
 
-from octavo.ops.engines import Engine, select
+import torch
+
+from octavo.errors import EngineError
+from octavo.ops.choice import Choice, Layer, Request, check, choose
 
 
 @dataclass(frozen=True)
 class Settings:
     """``numerics`` (exact, fp8_grad, fp8) and the ``engine`` asked for (auto, or one by name).
 
-    Raises :class:`octavo.errors.EngineError` when no such engine computes these numerics.
+    Raises :class:`octavo.errors.EngineError` when no such engine computes these numerics anywhere; whether it can on a
+    layer is known with the layer's device, see :meth:`choose`.
     """
 
     numerics: str = "exact"
     engine: str = "auto"
 
     def __post_init__(self) -> None:
-        self.resolve()
+        check(self.engine, self.numerics)
 
-    def resolve(self) -> Engine:
-        """The engine that will compute."""
-        return select(self.engine, self.numerics)
+    def choose(self, layer: Layer) -> Choice:
+        """The engines that will compute ``layer``, by rows per expert.
 
-    def __str__(self) -> str:
-        chosen = self.resolve().name
-        return f"numerics={self.numerics}, engine={chosen}" + (" (auto)" if self.engine == "auto" else "")
+        Raises :class:`octavo.errors.EngineError` when the one asked for cannot.
+        """
+        return choose(self.engine, self.numerics, layer)
+
+    @property
+    def request(self) -> Request:
+        """The same for a compiled graph, which chooses when it runs."""
+        return Request(self.engine, self.numerics)
+
+    def shown(self, layer: Layer) -> str:
+        """For the ``repr`` of a module with this layer."""
+        try:
+            chosen = str(self.choose(layer)) + (" (auto)" if self.engine == "auto" else "")
+        except EngineError as error:
+            chosen = f"{self.engine} ({error})"
+        return f"numerics={self.numerics}, engine={chosen}"
+
+
+@dataclass
+class Chosen:
+    """The last choice of a module, so that a forward need not look its layer up again."""
+
+    key: tuple[Settings, torch.device, torch.dtype]
+    choice: Choice

@@ -8,23 +8,18 @@ Legend: ``T`` tokens, ``M`` rows sorted by expert, ``H`` hidden, ``G`` width of 
 expert intermediate size, ``R`` LoRA rank.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from octavo.errors import EngineError
 from octavo.formats.weight import Float8Weight
-from octavo.ops import operators
+from octavo.ops import dequant, reference
 from octavo.ops.gates import Gate
 from octavo.ops.reference import Numerics
 from octavo.ops.routing import Routing, combine, route
-from octavo.ops.weights import Factors, Weight, storage
-
-EngineName = Literal["auto", "reference", "dequant"]
-NUMERICS: tuple[Numerics, ...] = ("exact", "fp8_grad", "fp8")
+from octavo.ops.weights import DenseWeight, Factors, Weight
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,9 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def numerics(self) -> Numerics: ...
 
     def route(self, index_TK: Tensor, num_experts: int) -> Routing:
         """The sorted order of the pairs of ``index_TK``; see :func:`octavo.ops.routing.route`."""
@@ -122,20 +120,14 @@ class ProductEngine:
         return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 
     def _product(self, x_MK: Tensor, weight: Weight, routing: Routing, *, transposed: bool = False) -> Tensor:
-        if isinstance(weight, Float8Weight):
-            codes, scales = storage(weight)
-            parts, block = weight.parts, list(weight.block)
-            return _grouped_product(
-                x_MK, codes, scales, routing.offsets_E, parts, block, False, transposed, self.name, self.numerics
-            )
-        return _grouped_product(
-            x_MK, weight.weight_ENK, None, routing.offsets_E, 1, [1, 1], False, transposed, self.name, self.numerics
-        )
+        ends = routing.offsets_E.tolist()
+        if self.name == "dequant":
+            return dequant.grouped_product(x_MK, weight, ends, transposed=transposed)
+        function = reference.grouped_product_transposed if transposed else reference.grouped_product
+        return function(x_MK, weight, ends, self.numerics)
 
     def _skinny(self, x_MK: Tensor, factor: Tensor, routing: Routing, *, transposed: bool = False) -> Tensor:
-        return _grouped_product(
-            x_MK, factor.to(x_MK.dtype), None, routing.offsets_E, 1, [1, 1], False, transposed, self.name, "exact"
-        )
+        return self._product(x_MK, DenseWeight(factor.to(x_MK.dtype)), routing, transposed=transposed)
 
     def _project(self, x_MK: Tensor, side: Projection, routing: Routing) -> tuple[Tensor, Tensor | None]:
         y_MN = self._product(x_MK, side.weight, routing)
@@ -210,30 +202,27 @@ class ProductEngine:
     def _grads(
         self, dy_MN: Tensor, x_MK: Tensor, xa_MR: Tensor | None, routing: Routing, side: Projection, wants: Wants
     ) -> ProjectionGrads:
-        offsets_E = routing.offsets_E
+        ends = routing.offsets_E.tolist()
         lora_A = lora_B = None
         if wants.lora and side.lora is not None:
             assert xa_MR is not None
-            lora_B = operators.grouped_outer(dy_MN, xa_MR.to(dy_MN.dtype), offsets_E)
+            lora_B = dequant.grouped_outer(dy_MN, xa_MR.to(dy_MN.dtype), ends)
             yb_MR = self._skinny(dy_MN, side.lora.B_ENR, routing, transposed=True)
-            lora_A = operators.grouped_outer(yb_MR, x_MK, offsets_E)
-        weight = operators.grouped_outer(dy_MN, x_MK, offsets_E) if wants.weight else None
+            lora_A = dequant.grouped_outer(yb_MR, x_MK, ends)
+        weight = dequant.grouped_outer(dy_MN, x_MK, ends) if wants.weight else None
         bias = None
         if wants.bias and side.bias is not None:
             ones = dy_MN.new_ones((dy_MN.shape[0], 1))
-            bias = operators.grouped_outer(dy_MN, ones, offsets_E)[..., 0]
+            bias = dequant.grouped_outer(dy_MN, ones, ends)[..., 0]
         return ProjectionGrads(weight, bias, lora_A, lora_B)
 
     def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
-        codes, scales = storage(weight)
         wide = x_MK.to(self._compute(x_MK.dtype))
-        y: Tensor = operators.product(
-            wide, codes[0], scales[0], list(weight.block), transposed, self.name, self.numerics
-        )
-        return y.to(x_MK.dtype)
-
-
-_grouped_product = cast(Callable[..., Tensor], operators.grouped_product)
+        if self.name == "dequant":
+            w_NK = weight.dequantize(wide.dtype)[0]
+            return wide @ w_NK if transposed else wide @ w_NK.T
+        function = reference.product_transposed if transposed else reference.product
+        return function(wide, weight, 0, self.numerics).to(x_MK.dtype)
 
 
 def _per_row(bias_EN: Tensor, routing: Routing) -> Tensor:
@@ -242,29 +231,3 @@ def _per_row(bias_EN: Tensor, routing: Routing) -> Tensor:
     expert_M = torch.searchsorted(routing.offsets_E, rows, right=True)
     padded = torch.cat([bias_EN, bias_EN.new_zeros((1, bias_EN.shape[1]))])
     return padded[expert_M]
-
-
-_WHY_NOT: dict[tuple[str, Numerics], str] = {
-    ("dequant", "fp8_grad"): "it multiplies in the dtype of the activations",
-    ("dequant", "fp8"): "it multiplies in the dtype of the activations",
-}
-
-ENGINES: tuple[str, ...] = ("reference", "dequant")
-
-
-def select(name: str, numerics: str) -> Engine:
-    """The engine called ``name`` for ``numerics``; ``auto`` takes the fastest that computes it.
-
-    Raises :class:`EngineError` when it does not exist or cannot compute that.
-    """
-    known = next((mode for mode in NUMERICS if mode == numerics), None)
-    if known is None:
-        raise EngineError(f"numerics {numerics!r} does not exist; choose one of {', '.join(NUMERICS)}.")
-    if name == "auto":
-        name = "dequant" if known == "exact" else "reference"
-    if name not in ENGINES:
-        raise EngineError(f"engine {name!r} does not exist; choose auto or one of {', '.join(ENGINES)}.")
-    if reason := _WHY_NOT.get((name, known)):
-        usable = ", ".join(engine for engine in ENGINES if (engine, known) not in _WHY_NOT)
-        raise EngineError(f"engine {name!r} cannot compute numerics {known!r}: {reason}. Usable: {usable}.")
-    return ProductEngine(name, known, wide=name == "reference")

@@ -1,20 +1,27 @@
 """The expert MLP as one autograd function: ``y_t = Σ_k p_tk · down_e(gate(up_e(x_t)))``, experts ``e`` frozen in FP8
 or plain, LoRA on both.
 
+Eager code calls the engine's stages directly. Under ``torch.compile`` the same function calls the operators of
+:mod:`octavo.ops.operators`, which tracing does not look into.
+
 Legend: ``T`` tokens, ``K`` top-k, ``M = T·K`` routed rows sorted by expert, ``E`` experts, ``H`` hidden size, ``I``
 expert intermediate size, ``G`` width of the up product, ``R`` LoRA rank.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from octavo.ops.engines import Engine, Projection, Wants
+from octavo.ops import operators, stages
+from octavo.ops.choice import Request, experts_layer, select
+from octavo.ops.engines import Engine
 from octavo.ops.gates import Gate
-from octavo.ops.routing import Routing, row_probabilities
-from octavo.ops.weights import Factors, WeightSpec
+from octavo.ops.routing import Routing
+from octavo.ops.weights import WeightSpec
+
+_SIDE = stages.SIDE
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,11 @@ class Side:
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of :data:`octavo.ops.stages.SIDE`."""
+        return [self.weight, self.scales, self.bias, self.lora_A, self.lora_B]
+
 
 @dataclass(frozen=True)
 class MlpSpec:
@@ -40,25 +52,46 @@ class MlpSpec:
     up: WeightSpec
     down: WeightSpec
     gate: Gate
-    engine: Engine
+    engine: Engine | Request
+
+    @property
+    def flat(self) -> list[int]:
+        """Both weights as an operator takes them."""
+        return operators.flatten(self.up) + operators.flatten(self.down)
 
 
 def expert_mlp(
-    x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, up: Side, down: Side, gate: Gate, engine: Engine
+    x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, up: Side, down: Side, gate: Gate, engine: Engine | Request
 ) -> Tensor:
     """Route, gather, up (+LoRA), gate, down (+LoRA), combine: [T, H] in the dtype of ``x_TH``.
 
     ``index_TK``: chosen experts, integer, ids ≥ E are off-rank and contribute nothing. ``p_TK``: their weights.
+    ``engine``: one that was chosen, or a request by name; a compiled graph knows an engine by its name alone.
     Differentiable in ``x_TH``, ``p_TK``, the factors, the biases and unquantized weights. Keeps x, z, x·A, h·A and the
-    routing for backward; never a dequantized weight.
+    routing for backward, never a dequantized weight; without gradient it keeps nothing.
     """
+    sides = [*up.tensors, *down.tensors]
+    if torch.compiler.is_compiling():
+        return _traced(x_TH, index_TK, p_TK, sides, MlpSpec(up.spec, down.spec, gate, engine))
+    if isinstance(engine, Request):
+        weights = ((up.spec, up.weight.shape), (down.spec, down.weight.shape))
+        layer = experts_layer(x_TH.device, x_TH.dtype, weights, bias=up.bias is not None)
+        engine = select(engine.name, engine.numerics, layer, index_TK.numel() / up.weight.shape[0])
+    if not _differentiates(x_TH, p_TK, sides):
+        halves = stages.projection(up.spec, sides[:_SIDE]), stages.projection(down.spec, sides[_SIDE:])
+        return stages.inference(engine, x_TH, index_TK, p_TK, *halves, gate)
     routing = engine.route(index_TK, up.weight.shape[0])
     spec = MlpSpec(up.spec, down.spec, gate, engine)
-    sides = [t for s in (up, down) for t in (s.weight, s.scales, s.bias, s.lora_A, s.lora_B)]
     output: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
         spec, x_TH, p_TK, routing.token_M, routing.row_TK, routing.offsets_E, *sides
     )
     return output
+
+
+def _differentiates(x_TH: Tensor, p_TK: Tensor, sides: list[Tensor | None]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x_TH.requires_grad or p_TK.requires_grad or any(t is not None and t.requires_grad for t in sides)
 
 
 class ExpertMlp(torch.autograd.Function):
@@ -66,56 +99,141 @@ class ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: MlpSpec, x_TH: Tensor, p_TK: Tensor, *tensors: Tensor | None) -> Tensor:
-        routing, up, down = _assemble(spec, tensors)
-        z_MG, h_MI, xa_MR = spec.engine.up(x_TH, routing, up, spec.gate)
-        y_TH, ha_MR = spec.engine.down(h_MI, p_TK, routing, down)
+        assert not isinstance(spec.engine, Request)
+        routing, sides = _routing(tensors), list(tensors[3:])
+        halves = stages.projection(spec.up, sides[:_SIDE]), stages.projection(spec.down, sides[_SIDE:])
+        out = stages.forward(spec.engine, x_TH, p_TK, routing, *halves, spec.gate)
         ctx.spec = spec
-        ctx.save_for_backward(x_TH, p_TK, z_MG, xa_MR, ha_MR, *tensors)
-        return y_TH
+        ctx.save_for_backward(x_TH, p_TK, out.z_MG, out.xa_MR, out.ha_MR, *tensors)
+        return out.y_TH
 
     @staticmethod
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         spec: MlpSpec = ctx.spec
         x_TH, p_TK, z_MG, xa_MR, ha_MR, *tensors = ctx.saved_tensors
-        routing, up, down = _assemble(spec, tuple(tensors))
         # needs_input_grad follows forward's arguments: spec, x, p, three of routing, then five per projection
-        _, wants_x, wants_p, _, _, _, *wants = ctx.needs_input_grad
-        wants_up = Wants(wants_x, wants[0], wants[2], wants[3] or wants[4])
-        wants_down = Wants(True, wants[5], wants[7], wants[8] or wants[9])
-
-        p_M = row_probabilities(p_TK, routing)
-        dz_MG, dp_M, down_grads = spec.engine.down_backward(
-            dy_TH.contiguous(), z_MG, ha_MR, p_M, routing, down, spec.gate, wants_down
+        wants = [*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[6:]]
+        sides = tensors[3 : 3 + _SIDE], tensors[3 + _SIDE :]
+        assert not isinstance(spec.engine, Request)
+        grads = stages.backward(
+            spec.engine,
+            dy_TH,
+            x_TH,
+            p_TK,
+            (z_MG, xa_MR, ha_MR),
+            _routing(tuple(tensors)),
+            sides,
+            (spec.up, spec.down),
+            spec.gate,
+            wants,
         )
-        dx_TH, up_grads = spec.engine.up_backward(dz_MG, x_TH, xa_MR, routing, up, wants_up)
-        dp_TK = dp_M[routing.row_TK].to(p_TK.dtype) if wants_p else None
-        sides: list[Tensor | None] = []
-        for grads, side, part in ((up_grads, spec.up, tensors[3:8]), (down_grads, spec.down, tensors[8:13])):
-            weight = grads.weight
-            if weight is not None and side.transposed:
-                weight = weight.transpose(-1, -2)
-            for grad, like in zip((weight, None, grads.bias, grads.lora_A, grads.lora_B), part, strict=True):
-                sides.append(None if grad is None else grad.to(like.dtype))
-        return (None, dx_TH, dp_TK, None, None, None, *sides)
+        return (None, grads.x, grads.p, None, None, None, *grads.up, *grads.down)
 
 
-def _assemble(spec: MlpSpec, tensors: tuple[Tensor | None, ...]) -> tuple[Routing, Projection, Projection]:
-    token_M, row_TK, offsets_E, *sides = tensors
+def _routing(tensors: tuple[Tensor | None, ...]) -> Routing:
+    token_M, row_TK, offsets_E = tensors[:3]
     assert token_M is not None
     assert row_TK is not None
     assert offsets_E is not None
-    up, down = (_projection(how, *sides[start : start + 5]) for how, start in ((spec.up, 0), (spec.down, 5)))
-    return Routing(token_M, row_TK, offsets_E), up, down
+    return Routing(token_M, row_TK, offsets_E)
 
 
-def _projection(
-    spec: WeightSpec,
-    weight: Tensor | None,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-) -> Projection:
-    assert weight is not None
-    lora = None if lora_A is None or lora_B is None else Factors(lora_A, lora_B)
-    return Projection(spec.assemble(weight, scales), bias, lora)
+def _traced(x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, sides: list[Tensor | None], spec: MlpSpec) -> Tensor:
+    """The layer in a compiled graph. A gate that no operator can name is traced, between two operators."""
+    if operators.has_operator(spec.gate):
+        if not torch.is_grad_enabled():
+            how = (spec.gate.name, spec.engine.name, spec.engine.numerics)
+            return cast(Tensor, operators.mlp_inference(x_TH, index_TK, p_TK, sides, spec.flat, *how))
+        return cast(Tensor, TracedMlp.apply(spec, x_TH, index_TK, p_TK, *sides))  # type: ignore[no-untyped-call]
+    z_MG, *routing = TracedUp.apply(spec, x_TH, index_TK, *sides)  # type: ignore[no-untyped-call]
+    h_MI = spec.gate.forward(z_MG).to(z_MG.dtype)
+    return cast(Tensor, TracedDown.apply(spec, h_MI, p_TK, *routing, *sides))  # type: ignore[no-untyped-call]
+
+
+class TracedMlp(torch.autograd.Function):
+    """:class:`ExpertMlp` over operators."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: MlpSpec, x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, *sides: Tensor | None) -> Tensor:
+        how = (spec.gate.name, spec.engine.name, spec.engine.numerics)
+        y_TH: Tensor
+        y_TH, *kept = operators.mlp(x_TH, index_TK, p_TK, list(sides), spec.flat, *how)
+        ctx.spec = spec
+        ctx.save_for_backward(x_TH, p_TK, *kept, *sides)
+        return y_TH
+
+    @staticmethod
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        spec: MlpSpec = ctx.spec
+        x_TH, p_TK, z_MG, xa_MR, ha_MR, token_M, row_TK, offsets_E, *sides = ctx.saved_tensors
+        wants = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
+        found = operators.mlp_backward(
+            dy_TH,
+            x_TH,
+            p_TK,
+            [z_MG, xa_MR, ha_MR],
+            [token_M, row_TK, offsets_E],
+            sides,
+            spec.flat,
+            wants,
+            spec.gate.name,
+            spec.engine.name,
+            spec.engine.numerics,
+        )
+        dx, dp, *rest = _spread(found, wants)
+        return (None, dx, None, dp, *rest)
+
+
+class TracedUp(torch.autograd.Function):
+    """The up stage of :class:`TracedMlp`, for a gate outside: (z_MG, token_M, row_TK, offsets_E)."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: MlpSpec, x_TH: Tensor, index_TK: Tensor, *sides: Tensor | None) -> tuple[Tensor, ...]:
+        how = (spec.engine.name, spec.engine.numerics)
+        z_MG, xa_MR, *routing = operators.up(x_TH, index_TK, list(sides), spec.flat, *how)
+        ctx.spec = spec
+        ctx.save_for_backward(x_TH, xa_MR, *routing, *sides)
+        ctx.mark_non_differentiable(*routing)
+        return z_MG, *routing
+
+    @staticmethod
+    def backward(ctx: Any, dz_MG: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        spec: MlpSpec = ctx.spec
+        x_TH, xa_MR, token_M, row_TK, offsets_E, *sides = ctx.saved_tensors
+        wants = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3 : 3 + _SIDE]]
+        routing = [token_M, row_TK, offsets_E]
+        how = (spec.engine.name, spec.engine.numerics)
+        found = operators.up_backward(dz_MG, x_TH, xa_MR, routing, sides, spec.flat, wants, *how)
+        dx, *rest = _spread(found, wants)
+        return (None, dx, None, *rest, *[None] * _SIDE)
+
+
+class TracedDown(torch.autograd.Function):
+    """The down stage of :class:`TracedMlp`, for a gate outside."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: MlpSpec, h_MI: Tensor, p_TK: Tensor, *tensors: Tensor | None) -> Tensor:
+        routing, sides = list(tensors[:3]), list(tensors[3:])
+        how = (spec.engine.name, spec.engine.numerics)
+        y_TH: Tensor
+        y_TH, ha_MR = operators.down(h_MI, p_TK, routing, sides, spec.flat, *how)
+        ctx.spec = spec
+        ctx.save_for_backward(h_MI, ha_MR, p_TK, *tensors)
+        return y_TH
+
+    @staticmethod
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        spec: MlpSpec = ctx.spec
+        h_MI, ha_MR, p_TK, token_M, row_TK, offsets_E, *sides = ctx.saved_tensors
+        wants = [*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[6 + _SIDE :]]
+        routing = [token_M, row_TK, offsets_E]
+        how = (spec.engine.name, spec.engine.numerics)
+        found = operators.down_backward(dy_TH, h_MI, ha_MR, p_TK, routing, sides, spec.flat, wants, *how)
+        dh, dp, *rest = _spread(found, wants)
+        return (None, dh, dp, None, None, None, *[None] * _SIDE, *rest)
+
+
+def _spread(found: list[Tensor], wants: list[bool]) -> list[Tensor | None]:
+    """An operator's gradients at the places that ``wants`` names."""
+    left = list(found)
+    return [left.pop(0) if wanted else None for wanted in wants]

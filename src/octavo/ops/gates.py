@@ -46,6 +46,19 @@ class SwiGlu:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """``h = z``: for a stage whose gate is applied outside it."""
+
+    name: str = "identity"
+
+    def forward(self, z_MG: Tensor) -> Tensor:
+        return z_MG
+
+    def backward(self, z_MG: Tensor, dh_MI: Tensor) -> Tensor:
+        return dh_MI
+
+
+@dataclass(frozen=True)
 class ModelGate:
     """The gate as the model's own class computes it, differentiated by autograd. It must act row by row and hold
     nothing that trains."""
@@ -65,3 +78,4 @@ class ModelGate:
 
 
 SWIGLU = SwiGlu()
+IDENTITY = Identity()

@@ -1,0 +1,118 @@
+"""Decoding: tokens/s of ``generate`` on a few full-width layers of Qwen3-30B-A3B, octavo in FP8 beside bf16; and the
+expert layer alone under CUDA-graph replay, beside the bytes that it must read.
+
+    python -m benchmarks.decode --layers 2 --json result.json
+
+Correctness first: the logits of a decoding step against those of the same model with gradient, which run the training
+engine. Needs a GPU, and some 4 GB of disk for two layers.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import octavo
+from benchmarks.checkpoints import QWEN3, write_qwen3
+from octavo.bench.run import commit
+from octavo.bench.timing import graph_ms
+from octavo.nn.experts import OctavoExperts
+
+# device copy of one H200
+BYTES_PER_SECOND = 4.3e12
+# a decoding step rounds less than the training engine, which rounds every intermediate to bfloat16
+TOLERANCE = 2e-2
+
+
+def tokens_per_second(model: nn.Module, batch: int, new: int, repeats: int = 3) -> float:
+    """Greedy, from 16 tokens of prompt; the best of ``repeats``."""
+    prompt = torch.randint(0, QWEN3["vocab_size"], (batch, 16), device="cuda")
+    best = 0.0
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        torch.cuda.synchronize()
+        best = max(best, batch * new / (time.perf_counter() - began))
+    return best
+
+
+def step_error(model: nn.Module, batch: int) -> float:
+    """Relative error of one token's logits without gradient against the same with gradient."""
+    tokens = torch.randint(0, QWEN3["vocab_size"], (batch, 1), device="cuda")
+    with torch.no_grad():
+        got = model(input_ids=tokens).logits.float()
+    embeds = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    want = model(inputs_embeds=embeds).logits.float().detach()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def expert_layer_us(model: nn.Module, tokens: int) -> tuple[float, float]:
+    """(microseconds of one experts module under graph replay, those of reading its routed experts' codes once)."""
+    experts = next(module for module in model.modules() if isinstance(module, OctavoExperts))
+    top_k = QWEN3["num_experts_per_tok"]
+    x = torch.randn(tokens, QWEN3["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    index = torch.rand(tokens, QWEN3["num_experts"], device="cuda").topk(top_k, 1).indices
+    p = torch.rand(tokens, top_k, device="cuda", dtype=torch.bfloat16)
+    # 80 calls in turn, so that launches of one graph do not show; the codes of one call stay in the L2 for the next
+    calls = 80
+    with torch.no_grad():
+        ms = graph_ms(lambda: [experts(x, index, p) for _ in range(calls)])
+    routed = index.unique().numel() * 3 * QWEN3["hidden_size"] * QWEN3["moe_intermediate_size"]
+    return ms * 1e3 / calls, routed / BYTES_PER_SECOND * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+
+    def row(model: str, batch: int, **figures: float) -> None:
+        facts = {"model": model, "layers": args.layers, "batch": batch}
+        rows.append(facts | figures | {"device": torch.cuda.get_device_name(), "torch": torch.__version__})
+        print(f"{model:14s} batch {batch:3d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_qwen3(Path(folder), args.layers)
+        model = octavo.load_model(folder).cuda().eval()
+    print(octavo.describe(model))
+    for name in ("fp8", "fp8 + LoRA r=16"):
+        if name != "fp8":
+            model = peft.get_peft_model(model, octavo.lora_config(model, r=16)).eval()
+        for batch in args.batches:
+            error = step_error(model, batch)
+            if not error <= TOLERANCE:
+                print(f"{name:14s} batch {batch:3d}  WRONG: logits differ by {error:.1e} from the training engine's")
+                continue
+            row(name, batch, tokens_per_second=tokens_per_second(model, batch, args.new), error=error)
+        if name == "fp8":
+            for tokens in (1, 2, 4, 8, 16, 64):
+                us, floor = expert_layer_us(model, tokens)
+                row("fp8 experts", tokens, layer_us=us, read_once_us=floor)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    config = Qwen3MoeConfig(**QWEN3, num_hidden_layers=args.layers, dtype="bfloat16")
+    with torch.device("cuda"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for batch in args.batches:
+        row("bf16", batch, tokens_per_second=tokens_per_second(plain, batch, args.new))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([one | {"commit": commit()} for one in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How a step is timed: GPU time under CUDA-graph replay, wall time, and the memory it takes for a while."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+Step = Callable[[], object]
+
+
+def graph_ms(step: Step, repeats: int = 9) -> float:
+    """Median GPU time of a captured ``step``: launches cost nothing, as in a compiled or captured model."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    for _ in range(2):
+        graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    del kept
+    times: list[float] = sorted(start.elapsed_time(end) for start, end in events)
+    return times[repeats // 2]
+
+
+def wall_ms(step: Step, device: torch.device, repeats: int = 5) -> float:
+    """Median wall time of ``step`` as Python runs it."""
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        began = time.perf_counter()
+        step()
+        _wait(device)
+        times.append((time.perf_counter() - began) * 1e3)
+    return sorted(times)[repeats // 2]
+
+
+def transient_mib(step: Step, device: torch.device) -> float | None:
+    """Most memory of a ``step`` above what is held before it; ``None`` on the CPU, where torch does not count."""
+    if device.type != "cuda":
+        return None
+    _wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    _wait(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
