@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # the products have a budget of their own, and their tiles are chosen by time
-PASSES = ("rows", "combine", "sum_parts", "outer", "dequantize", "transpose", "count", "scan", "place")
+PASSES = ("rows", "combine", "sum_parts", "outer", "both", "sum_chunks", "dequantize", "transpose", "count", "place")
 
 
 @pytest.mark.parametrize(

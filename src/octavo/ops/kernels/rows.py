@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
+from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -140,12 +140,14 @@ def pass_rows(
     contract: int = 2,
     fold_EK: Tensor | None = None,
     group: int | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor | None, Rounded | None]:
     """One pass over the rows of ``x`` [*, K] bfloat16: (x·factorᵀ [M, R], x rounded to E4M3), each where asked for.
 
     With ``offsets_E`` rows are sorted by expert, read at ``token_M`` where given. ``factor``: [E, R, K] with
     ``contract=2`` or [E, K, R] with ``contract=1``. ``fold_EK``: float32 column scales that multiply before rounding.
-    ``group``: columns per scale of the rounding, K for one scale per row; ``None`` for no rounding.
+    ``group``: columns per scale of the rounding, K for one scale per row; ``None`` for no rounding. ``cut``: the
+    measured one by default; a smaller group than K is itself the tile's columns.
     """
     num_rows, cols = (x if token_M is None else token_M).shape[0], x.shape[1]
     device = x.device
@@ -166,29 +168,30 @@ def pass_rows(
     if num_rows == 0:
         return skinny, rounded
     grouped = group is not None and group < cols
-    block_m = 32 if num_rows <= 16384 else 64
-    block_k = group if grouped else (64 if INTERPRETED else 128)
-    grid = ceil_div(num_rows, block_m) + (num_experts if by_expert else 0)
+    cut = cut or Cut(32 if num_rows <= 16384 else 64, 64 if INTERPRETED else 128, 4, 4)
+    block_k = group if grouped else cut.columns
+    grid = ceil_div(num_rows, cut.rows) + (num_experts if by_expert else 0)
     rows_kernel[(grid,)](
         x, token_M, offsets_E, fold_EK, factor, skinny, rounded and rounded.codes, rounded and rounded.scales,
         num_rows, *strides, K=cols, R=rank, RP=padded_rank(rank), E=num_experts,
         EP=max(16, triton.next_power_of_2(num_experts)), GROUP=group or cols, BY_EXPERT=by_expert,
         GATHER=token_M is not None, FOLD=fold_EK is not None, SKINNY=factor is not None, ROUND=rounded is not None,
-        BM=block_m, BK=block_k, WIDE=INTERPRETED, num_warps=4, num_stages=4,
+        BM=cut.rows, BK=block_k, WIDE=INTERPRETED, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return skinny, rounded
 
 
-def combine(y_MH: Tensor, row_TK: Tensor, offsets_E: Tensor, p_TK: Tensor | None) -> Tensor:
+def combine(y_MH: Tensor, row_TK: Tensor, offsets_E: Tensor, p_TK: Tensor | None, cut: Cut | None = None) -> Tensor:
     """``y_t = Σ_k p_tk · y_row(t,k)`` in a fixed order, float32 sums, [T, H]; rows past the last offset count zero."""
     (num_tokens, top_k), hidden = row_TK.shape, y_MH.shape[1]
     out = torch.empty((num_tokens, hidden), dtype=y_MH.dtype, device=y_MH.device)
     if num_tokens == 0:
         return out
-    block = min(2048, triton.next_power_of_2(hidden))
+    cut = cut or Cut(1, 2048, 4)
+    block = min(cut.columns, triton.next_power_of_2(hidden))
     combine_kernel[(num_tokens, ceil_div(hidden, block))](
         y_MH, row_TK, p_TK, offsets_E, out, H=hidden, TOPK=top_k, E=offsets_E.shape[0], WEIGHTED=p_TK is not None,
-        BH=block, num_warps=4,
+        BH=block, num_warps=cut.warps,
     )  # fmt: skip
     return out
 
