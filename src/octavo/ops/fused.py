@@ -247,7 +247,7 @@ class KernelEngine(ProductEngine):
         if folds_into_rows(weight):
             yb_MR, rounded = pass_rows(
                 dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1,
-                fold_EK=_per_column(weight), group=weight.out_features,
+                fold_EK=scale_of_features(weight), group=weight.out_features,
             )  # fmt: skip
             return _rounded(rounded, None), yb_MR
         group = weight.block[0]
@@ -344,7 +344,7 @@ def _lora(xa_MR: Tensor | None, side: Projection, *, transposed: bool) -> Lora |
     return Lora(xa_MR, side.lora.A_ERK, 1) if transposed else Lora(xa_MR, side.lora.B_ENR, 2)
 
 
-def _per_column(weight: Float8Weight) -> Tensor:
+def scale_of_features(weight: Float8Weight) -> Tensor:
     """The scale of each output feature, float32 [E, N], of a weight whose scales cover whole rows."""
     grid = weight.scales[..., 0]
     if weight.block[0] > 1:

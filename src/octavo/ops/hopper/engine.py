@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.formats.weight import Float8Weight
 from octavo.ops.engines import Projection, ProjectionGrads, Wants
-from octavo.ops.fused import KernelEngine, Site
+from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
 from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, GateGradient, LoraStep, Rows, product
 from octavo.ops.reference import folds_into_rows
@@ -38,7 +38,7 @@ class HopperEngine(KernelEngine):
         if not self._takes(x_TH, up):
             return super().up(x_TH, routing, up, gate)
         from octavo.ops.hopper.interleave import interleave
-        from octavo.ops.kernels.rows import pass_rows
+        from octavo.ops.kernels.rows import pass_rows, round_rows
 
         weight, x_TH = _codes(up), x_TH.contiguous()
         xa_MR = None
@@ -46,8 +46,7 @@ class HopperEngine(KernelEngine):
             xa_MR, _ = pass_rows(x_TH, offsets_E=routing.offsets_E, token_M=routing.token_M, factor=up.lora.A_ERK)
         if self._rounds("up"):
             # each token once, before the gather
-            _, rounded = pass_rows(x_TH, group=min(weight.block[1], weight.in_features))
-            assert rounded is not None
+            rounded = round_rows(x_TH, min(weight.block[1], weight.in_features))
             rows = Rows(rounded.codes, routing.token_M, rounded.scales)
         else:
             rows = Rows(interleave(x_TH), routing.token_M)
@@ -65,15 +64,14 @@ class HopperEngine(KernelEngine):
         if not self._takes(h_MI, down):
             return super().down(h_MI, p_TK, routing, down)
         from octavo.ops.hopper.interleave import interleave
-        from octavo.ops.kernels.rows import combine, pass_rows
+        from octavo.ops.kernels.rows import combine, pass_rows, round_rows
 
         weight, ha_MR = _codes(down), None
         if self._rounds("down"):
-            group = min(weight.block[1], weight.in_features)
-            factor = None if down.lora is None else down.lora.A_ERK
-            ha_MR, rounded = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=factor, group=group)
-            assert rounded is not None
+            rounded = round_rows(h_MI, min(weight.block[1], weight.in_features), offsets_E=routing.offsets_E)
             rows = Rows(rounded.codes, None, rounded.scales)
+            if down.lora is not None:
+                ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=down.lora.A_ERK)
         else:
             rows = Rows(h_MI)
             if down.lora is not None:
@@ -97,7 +95,6 @@ class HopperEngine(KernelEngine):
     ) -> tuple[Tensor, Tensor, ProjectionGrads]:
         if not self._takes(dy_TH, down):
             return super().down_backward(dy_TH, z_MG, ha_MR, p_M, routing, down, gate, wants)
-        from octavo.ops.kernels.outer import outer
         from octavo.ops.kernels.rows import sum_parts
 
         weight, offsets_E = _codes(down), routing.offsets_E
@@ -105,15 +102,18 @@ class HopperEngine(KernelEngine):
             p_M = p_M.float()
         rows, yb_MR, lora_B = self._backward_rows(dy_TH, ha_MR, down, routing, wants, routing.token_M, p_M)
         lora = None if down.lora is None else _step(yb_MR, down.lora.A_ERK.transpose(1, 2))
-        swiglu = isinstance(gate, SwiGlu)
+        swiglu, lora_A = isinstance(gate, SwiGlu), None
         if swiglu:
-            dz_MG = torch.empty_like(z_MG)
-            parts = -(-weight.in_features // (FEATURES * _PRODUCTS))
+            if lora_B is not None:
+                # before dz may take z's place
+                lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
+            dz_MG = z_MG if wants.spend else torch.empty_like(z_MG)
+            parts = 2 * -(-weight.in_features // (FEATURES * _PRODUCTS))
             shares = dy_TH.new_empty((parts, routing.num_rows), dtype=torch.float32)
             self._product(
                 "down_grad", rows, weight, routing, dz_MG, lora, gradient=GateGradient(z_MG, p_M.contiguous(), shares)
             )
-            dp_M, rows_h = sum_parts(shares, offsets_E), z_MG
+            dp_M = sum_parts(shares, offsets_E)
         else:
             dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
             self._product("down_grad", rows, weight, routing, dh_MI, lora)
@@ -123,12 +123,21 @@ class HopperEngine(KernelEngine):
             rows_h = self._gate(z_MG, gate)
             dp_M = (dh_MI.float() * rows_h.float()).sum(-1)
             dz_MG = gate.backward(z_MG, (dh_MI * p_M[:, None]).to(z_MG.dtype))
-        lora_A = None
-        if lora_B is not None and down.lora is not None:
-            assert yb_MR is not None
-            dtype = down.lora.A_ERK.dtype
-            lora_A = outer(rows_h, yb_MR, offsets_E, rank_first=True, dtype=dtype, p_M=p_M, gated=swiglu)
+            if lora_B is not None:
+                lora_A = self._lora_A(rows_h, yb_MR, down, routing, p_M, gated=False)
         return dz_MG, dp_M, ProjectionGrads(None, None, lora_A, lora_B)
+
+    @staticmethod
+    def _lora_A(
+        h: Tensor, yb_MR: Tensor | None, down: Projection, routing: Routing, p_M: Tensor, *, gated: bool
+    ) -> Tensor:
+        """dA of the down projection from h, or from z with ``gated``."""
+        from octavo.ops.kernels.outer import outer
+
+        assert down.lora is not None
+        assert yb_MR is not None
+        dtype = down.lora.A_ERK.dtype
+        return outer(h, yb_MR, routing.offsets_E, rank_first=True, dtype=dtype, p_M=p_M, gated=gated)
 
     def up_backward(
         self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: Wants
@@ -163,21 +172,33 @@ class HopperEngine(KernelEngine):
         p_M: Tensor | None,
     ) -> tuple[Rows, Tensor | None, Tensor | None]:
         """(the input gradient's rows, ``d·B`` [M, R], dB)."""
-        from octavo.ops.kernels.lora_backward import lora_backward
+        from octavo.ops.kernels.lora_backward import CUT, FEW, MOST_RANK, lora_backward
         from octavo.ops.kernels.outer import outer
+        from octavo.ops.kernels.rows import pass_rows, round_rows
 
-        d, offsets_E = d.contiguous(), routing.offsets_E
-        if not self._rounds("up_grad") and wants.lora and side.lora is not None:
-            assert xa_MR is not None
-            yb_MR, lora_B = lora_backward(d, side.lora.B_ENR, xa_MR, offsets_E, token_M=token_M, p_M=p_M)
+        d, offsets_E, weight = d.contiguous(), routing.offsets_E, _codes(side)
+        yb_MR = lora_B = None
+        if side.lora is not None:
+            factor = side.lora.B_ENR
+            if wants.lora and factor.shape[2] <= MOST_RANK:
+                assert xa_MR is not None
+                cut = FEW if routing.num_rows <= 192 * weight.num_experts else CUT
+                yb_MR, lora_B = lora_backward(d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, cut=cut)
+            else:
+                yb_MR, _ = pass_rows(d, offsets_E=offsets_E, token_M=token_M, factor=factor, contract=1)
+                if wants.lora:
+                    assert xa_MR is not None
+                    dtype = factor.dtype
+                    lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
+        if not self._rounds("up_grad"):
             return Rows(d, token_M), yb_MR, lora_B
-        operand, yb_MR = self._incoming(d, side, routing, token_M)
-        lora_B = None
-        if wants.lora and side.lora is not None:
-            assert xa_MR is not None
-            dtype = side.lora.B_ENR.dtype
-            lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
-        return Rows(operand.values, operand.token_M, operand.scales), yb_MR, lora_B
+        if folds_into_rows(weight):
+            fold_EN = scale_of_features(weight)
+            rounded = round_rows(d, weight.out_features, offsets_E=offsets_E, token_M=token_M, fold_EK=fold_EN)
+            return Rows(rounded.codes, None, rounded.scales), yb_MR, lora_B
+        # tokens once, rows of the up product as they are
+        rounded = round_rows(d, weight.block[0], offsets_E=None if token_M is not None else offsets_E)
+        return Rows(rounded.codes, token_M, rounded.scales), yb_MR, lora_B
 
     def _product(
         self,
@@ -199,15 +220,20 @@ class HopperEngine(KernelEngine):
         )  # fmt: skip
 
 
+# how much longer a tile takes than its tokens say, against one of 128: measured on an H200, from 128 to 2048 rows per
+# expert (docs/log.md, 2026-11-23)
+_PRICE = {160: 1.08, 128: 1.0, 64: 1.3}
+
+
 def tokens_of_tile(rows: float, most: int) -> int:
-    """The tile that wastes least on experts of ``rows`` rows, give or take what random routing gives."""
+    """The cheapest tile for experts of ``rows`` rows, give or take what random routing gives."""
     spread = math.sqrt(rows)
 
-    def padded(tokens: int) -> float:
-        return sum(-(-max(1.0, rows + by) // tokens) * tokens for by in (-spread, -0.5, 0.5, spread))
+    def price(tokens: int) -> float:
+        padded = (-(-max(1.0, rows + by) // tokens) * tokens for by in (-spread, -0.5, 0.5, spread))
+        return _PRICE[tokens] * sum(padded)
 
-    # a wider tile reads and widens the weight less often, which is worth a little padding
-    return min((tokens for tokens in (160, 128, 64) if tokens <= most), key=lambda n: padded(n) * (1 + 24 / n))
+    return min((tokens for tokens in _PRICE if tokens <= most), key=price)
 
 
 def _codes(side: Projection) -> Float8Weight:

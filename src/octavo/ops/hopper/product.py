@@ -43,8 +43,8 @@ class LoraStep:
 
 @dataclass(frozen=True)
 class GateGradient:
-    """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32 [ceil(F / 256), M]
-    takes each row's parts of <dh, h>.
+    """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32
+    [2 * ceil(F / 256), M] takes each row's parts of <dh, h>.
     """
 
     z: Tensor

@@ -87,6 +87,8 @@ def sum_chunks_kernel(
 # By bytes, not yet by time: a chunk of 256 rows holds the average expert of 2048 tokens whole, and saves 36 % of two
 # reads at 2048 rows per expert (128: 24 %, 512: 43 %, in half as many programs).
 CUT = Cut(32, 32, 4, 1) if INTERPRETED else Cut(256, 64, 8, 3)
+FEW = Cut(32, 32, 4, 1) if INTERPRETED else Cut(128, 64, 4, 4)
+"""For experts of so few rows that longer chunks would leave multiprocessors idle."""
 
 # Beyond, the chunks' sums (4·R / CHUNK of the bytes of d) cost what a second read does.
 MOST_RANK = 32

@@ -73,7 +73,7 @@ def outer(
     shape = (num_experts, rank, cols) if rank_first else (num_experts, cols, rank)
     out = torch.empty(shape, dtype=dtype, device=a.device)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if rank_first else out.stride()
-    cut = cut or (Cut(16, 32, 4, 1) if INTERPRETED else Cut(64, 128, 4, 3))
+    cut = cut or (Cut(16, 32, 4, 1) if INTERPRETED else Cut(32, 128, 4, 3 if gated else 4))
     outer_kernel[(ceil_div(cols, cut.columns), num_experts)](
         a, b_MR, token_M, p_M, offsets_E, out, *strides, N=cols, R=rank, RP=padded_rank(rank),
         GATHER=token_M is not None, WEIGHTED=p_M is not None, GATED=gated, BM=cut.rows, BN=cut.columns,

@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.ops.kernels.common import ceil_div
 
 # Counting all pairs in each of M / 128 programs costs M² / 128 look-ups: 2 M at 16384 pairs, as many as one wave hides.
-ONE_LAUNCH = 16384
+ONE_LAUNCH = 2048
 
 
 @triton.jit
