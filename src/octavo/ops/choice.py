@@ -243,6 +243,7 @@ def _build(name: str, numerics: Numerics, layer: Layer) -> Engine:
         from octavo.ops.fused import KernelEngine
 
         return KernelEngine(name, numerics, wide=False)
+    return ProductEngine(name, numerics, wide=name == "reference")
 
 
 def _hopper_why_not(layer: Layer) -> str | None:
@@ -258,7 +259,6 @@ def _hopper_why_not(layer: Layer) -> str | None:
     if layer.layout == "block" and layer.block is not None and any(size % 128 for size in layer.block):
         return f"they take scale blocks of multiples of 128, and these are {layer.block[0]}x{layer.block[1]}"
     return None
-    return ProductEngine(name, numerics, wide=name == "reference")
 
 
 def _few_rows(layer: Layer) -> int:
