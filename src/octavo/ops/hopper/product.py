@@ -79,7 +79,9 @@ def _magic(divisor: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _tensor_map(address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int) -> "ctypes.Array[ctypes.c_uint64]":
+def _tensor_map(
+    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int
+) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map by which a weight's tiles are fetched.
 
     A tile that is not flipped brings its rows in the order of wgmma's fragments: of a thread's 4 neighbouring features,
