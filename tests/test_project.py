@@ -82,6 +82,10 @@ def test_metadata_names_no_index():
         assert not re.search(r"--(extra-)?index-url|--find-links|https?://", (ROOT / file).read_text()), file
 
 
+# triton and cuda (cuda-bindings) come with torch's builds for GPUs
+GIVEN = sys.stdlib_module_names | {"octavo", "triton", "cuda"}
+
+
 def test_source_imports_only_what_is_declared():
     """The core's imports lie in the core's dependencies; train, demo and cli may use the extra `train`."""
     train = CORE | requirements(EXTRAS["train"])
@@ -93,7 +97,7 @@ def test_source_imports_only_what_is_declared():
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
             # triton comes with torch, where there is one.
-            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"octavo", "triton"}:
+            for top in {name.split(".")[0] for name in names} - GIVEN:
                 if canonicalize_name(DISTRIBUTION.get(top, top)) not in declared:
                     undeclared.append(f"{path.name}:{node.lineno} {top}")
     assert not undeclared, undeclared

@@ -1,12 +1,11 @@
 """Compile `product.cu` with NVRTC for one set of compile-time modes, keep the result on disk, load it.
 
 NVRTC and its Python binding (``cuda.bindings``) come with torch's CUDA wheels; no CUDA toolkit is needed. Compiling
-takes seconds and needs no GPU; results are kept in ``$OCTAVO_CACHE`` or ``~/.cache/octavo``.
+takes seconds and needs no GPU; results are kept in ``~/.cache/octavo``.
 """
 
 import hashlib
 import importlib.util
-import os
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -131,8 +130,7 @@ def compile_mode(mode: Mode) -> tuple[bytes, str]:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    root = os.environ.get("OCTAVO_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "octavo"
+    return Path.home() / ".cache" / "octavo"
 
 
 def machine_code(mode: Mode) -> bytes:

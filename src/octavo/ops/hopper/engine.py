@@ -37,7 +37,7 @@ class HopperEngine(KernelEngine):
     def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self._takes(x_TH, up):
             return super().up(x_TH, routing, up, gate)
-        from octavo.ops.hopper.interleave import interleave
+        from octavo.ops.kernels.interleave import interleave
         from octavo.ops.kernels.rows import pass_rows, round_rows
 
         weight, x_TH = _codes(up), x_TH.contiguous()
@@ -54,16 +54,16 @@ class HopperEngine(KernelEngine):
         lora = None if up.lora is None else _step(xa_MR, up.lora.B_ENR)
         if isinstance(gate, SwiGlu):
             h_MI = x_TH.new_empty((routing.num_rows, weight.rows))
-            self._product("up", rows, weight, routing, z_MG, lora, h=h_MI)
+            self._grouped("up", rows, weight, routing, z_MG, lora, h=h_MI)
             return z_MG, h_MI, xa_MR
-        self._product("up", rows, weight, routing, z_MG, lora)
+        self._grouped("up", rows, weight, routing, z_MG, lora)
         h_MI = self._gate(z_MG, gate)
         return z_MG, h_MI if self._rounds("down") else interleave(h_MI), xa_MR
 
     def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
         if not self._takes(h_MI, down):
             return super().down(h_MI, p_TK, routing, down)
-        from octavo.ops.hopper.interleave import interleave
+        from octavo.ops.kernels.interleave import interleave
         from octavo.ops.kernels.rows import combine, pass_rows, round_rows
 
         weight, ha_MR = _codes(down), None
@@ -79,7 +79,7 @@ class HopperEngine(KernelEngine):
                 ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=interleave(down.lora.A_ERK))
         y_MH = h_MI.new_empty((routing.num_rows, weight.out_features))
         lora = None if down.lora is None else _step(ha_MR, down.lora.B_ENR)
-        self._product("down", rows, weight, routing, y_MH, lora)
+        self._grouped("down", rows, weight, routing, y_MH, lora)
         return combine(y_MH, routing.row_TK, routing.offsets_E, p_TK.contiguous()), ha_MR
 
     def down_backward(
@@ -110,13 +110,13 @@ class HopperEngine(KernelEngine):
             dz_MG = z_MG if wants.spend else torch.empty_like(z_MG)
             parts = 2 * -(-weight.in_features // (FEATURES * _PRODUCTS))
             shares = dy_TH.new_empty((parts, routing.num_rows), dtype=torch.float32)
-            self._product(
+            self._grouped(
                 "down_grad", rows, weight, routing, dz_MG, lora, gradient=GateGradient(z_MG, p_M.contiguous(), shares)
             )
             dp_M = sum_parts(shares, offsets_E)
         else:
             dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
-            self._product("down_grad", rows, weight, routing, dh_MI, lora)
+            self._grouped("down_grad", rows, weight, routing, dh_MI, lora)
             # rows past the last offset were never written, here nor in z
             live_M1 = torch.arange(routing.num_rows, device=dy_TH.device)[:, None] < offsets_E[-1]
             dh_MI, z_MG = torch.where(live_M1, dh_MI, 0), torch.where(live_M1, z_MG, 0)
@@ -157,7 +157,7 @@ class HopperEngine(KernelEngine):
         if wants.x:
             dx_MH = x_TH.new_empty((routing.num_rows, weight.in_features))
             lora = None if up.lora is None else _step(yb_MR, up.lora.A_ERK.transpose(1, 2))
-            self._product("up_grad", rows, weight, routing, dx_MH, lora)
+            self._grouped("up_grad", rows, weight, routing, dx_MH, lora)
             dx_TH = combine(dx_MH, routing.row_TK, offsets_E, None)
         return dx_TH, ProjectionGrads(None, None, lora_A, lora_B)
 
@@ -200,7 +200,7 @@ class HopperEngine(KernelEngine):
         rounded = round_rows(d, weight.block[0], offsets_E=None if token_M is not None else offsets_E)
         return Rows(rounded.codes, token_M, rounded.scales), yb_MR, lora_B
 
-    def _product(
+    def _grouped(
         self,
         site: Site,
         rows: Rows,
@@ -220,8 +220,8 @@ class HopperEngine(KernelEngine):
         )  # fmt: skip
 
 
-# how much longer a tile takes than its tokens say, against one of 128: measured on an H200, from 128 to 2048 rows per
-# expert (docs/log.md, 2026-11-23)
+# How much longer a tile takes than its tokens say, against one of 128. Measured on an H200 with 128 to 2048 rows per
+# expert, see docs/log.md.
 _PRICE = {160: 1.08, 128: 1.0, 64: 1.3}
 
 

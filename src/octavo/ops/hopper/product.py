@@ -133,7 +133,7 @@ def product(
     with ``gradient``.
 
     bfloat16 rows of a product that is not flipped, and ``h``, are interleaved: of each 16 columns the even ones first
-    (see :func:`octavo.ops.hopper.interleave.interleave`). ``tokens``: of a tile.
+    (see :func:`octavo.ops.kernels.interleave.interleave`). ``tokens``: of a tile.
     """
     num_rows = out.shape[0]
     if num_rows == 0:
@@ -149,8 +149,9 @@ def product(
     contraction = weight.out_features if flip else weight.in_features
     codes, _ = storage(weight)
     grid_n, grid_k = weight.scales.shape[2:]
+    encoded = _tensor_map(_address(codes), *codes.shape, flip, h is not None, products)
     params = _Params(
-        _tensor_map(_address(codes), *codes.shape, flip, h is not None, products), _address(rows.values), _address(rows.token_M), _address(offsets_E), _address(rows.scales),
+        encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor),
         _address(out), _address(h), gradient and _address(gradient.z), gradient and _address(gradient.p_M),
         gradient and _address(gradient.shares), num_rows, weight.num_experts, features, contraction,
