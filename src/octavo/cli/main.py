@@ -27,6 +27,7 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb("octavo.cli.demo", "Fine-tune the small FP8 model that ships with octavo, and show that it learned."),
     "inspect": Verb("octavo.cli.inspect", "Show a checkpoint's format, layers and sizes, from its headers alone."),
+    "plan": Verb("octavo.cli.plan", "Plan the memory of a run by term, and what to change where it does not fit."),
     "sft": Verb("octavo.cli.sft", "Fine-tune a model on examples, as a YAML file says."),
     "doctor": Verb("octavo.cli.doctor", "Show what this machine can run, and test that it computes the right thing."),
     "bench": Verb("octavo.cli.bench", "Time one MoE layer on this machine beside its baselines."),
