@@ -18,10 +18,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 import octavo
 from octavo.cli.memory import let_segments_grow
-from octavo.errors import ConfigError
-from octavo.train.metrics import read_metrics
+from octavo.errors import ConfigError, OctavoError
+from octavo.train.config import parse_config
+from octavo.train.meter import Meter
+from octavo.train.metrics import read_metrics, record
 from octavo.train.offload import HiddenStatesOnHost, Offloaded
 from octavo.train.packed import PACKED, packed_attention, use_packed_attention
+from octavo.train.planned import planned
+from octavo.train.progress import metrics_text
 
 from .tiny import chat, tiny_config, train, tree, write_jsonl
 
@@ -269,6 +273,23 @@ def test_bfloat16_adapters_with_8_bit_states_learn_and_resume(tmp_path, checkpoi
     (out / "checkpoint-12").rename(tmp_path / "lost")
     assert run(out, "adamw_8bit", "bfloat16").resumed_from == out / "checkpoint-6"
     assert losses(out) == found
+
+
+def test_the_line_shows_the_peak_beside_its_plan(tmp_path, checkpoint, chats):
+    config = parse_config(tree(checkpoint, chats, tmp_path / "run", optimizer="sgd"))
+    plan = planned(config)
+    model = octavo.load_model(checkpoint, dtype=torch.float32)
+    tuned = peft.get_peft_model(model, octavo.lora_config(model, r=4))
+    assert plan.adapters == sum(p.numel() * 4 for p in tuned.parameters() if p.requires_grad)
+    assert plan.optimizer == 0
+    meter = Meter(tuned)
+    assert "plan_gb" not in meter.read()
+    meter.plan = 1_500_000_000
+    line = record(1, {"loss": 1.0, **meter.read()})
+    assert "planned 1.50 GB" in metrics_text(line)
+    router = config.model_copy(update={"lora": config.lora.model_copy(update={"router": True})})
+    with pytest.raises(OctavoError, match="routers"):
+        planned(router)
 
 
 def test_segments_grow_unless_a_person_said_otherwise(monkeypatch):

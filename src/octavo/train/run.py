@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.chat_template_utils import get_training_chat_template
 
 import octavo
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 from octavo.integrations.announced import rehearse
 from octavo.train.arguments import sft_arguments
 from octavo.train.config import SftConfig
@@ -33,6 +33,7 @@ from octavo.train.meter import GB, peak_memory
 from octavo.train.metrics import MetricsFile
 from octavo.train.outcome import RunResult
 from octavo.train.packed import use_packed_attention
+from octavo.train.planned import planned
 from octavo.train.preview import Preview, say
 from octavo.train.progress import LiveProgress, progress_for
 from octavo.train.proof import GradientProofCallback
@@ -131,6 +132,8 @@ class Run:
             adapter_dtype=getattr(torch, config.lora.dtype),
             offload_hidden_states=config.train.offload_hidden_states,
         )
+        if args.device.type == "cuda" and config.model.dtype == "bfloat16":
+            self._plan(trainer)
         # transformers adds it where its own progress bar is off; ours take its place.
         trainer.remove_callback(PrinterCallback)
         preview = Preview(self._console)
@@ -150,6 +153,16 @@ class Run:
         if args.should_save:
             self._folder.write_start(config, args.device, args.world_size)
         return trainer
+
+    def _plan(self, trainer: SftTrainer) -> None:
+        """Say what the run should take, and have its line show it beside what it takes."""
+        try:
+            plan = planned(self._config)
+        except OctavoError as error:
+            say(self._console, f"no plan of the memory: {error}")
+            return
+        trainer.meter.plan = plan.allocated
+        say(self._console, f"planned peak {plan.peak / GB:.2f} GB, in {plan.moment}; `octavo plan` shows its terms")
 
     def train(self) -> RunResult:
         """Train, and write the adapter unless interrupted. A run that is finished already stays as it is."""
