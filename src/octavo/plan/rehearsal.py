@@ -4,6 +4,7 @@ Tensors have shapes and dtypes and no memory (torch's fake tensors), so the size
 takes a second. Attention and the experts' products are stood in for by what their kernels allocate on a GPU.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ from octavo.formats.weight import Float8Weight
 from octavo.nn.experts import OctavoExperts
 from octavo.nn.linear import Float8Linear
 from octavo.nn.settings import Settings
+from octavo.ops.choice import Choice, Layer
 from octavo.ops.dequant import CHUNK_BYTES
-from octavo.ops.engines import Engine, Projection, ProjectionGrads, Wants
+from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.gates import Gate
+from octavo.ops.reference import Numerics
 from octavo.ops.routing import Routing
 from octavo.ops.weights import DenseWeight, Weight
 
@@ -226,8 +229,8 @@ def _standing_in(tuned: nn.Module, base: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _SketchSettings(Settings):
-    def resolve(self) -> Engine:
-        return _Sketch()
+    def choose(self, layer: Layer) -> Choice:
+        return Choice(((sys.maxsize, _Sketch()),))
 
 
 class _Sketch:
@@ -237,6 +240,7 @@ class _Sketch:
     """
 
     name = "plan"
+    numerics: Numerics = "exact"
 
     def _bank(self, weight: Weight, like: Tensor) -> Tensor | None:
         if isinstance(weight, DenseWeight):
