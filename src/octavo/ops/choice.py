@@ -236,10 +236,29 @@ def _build(name: str, numerics: Numerics, layer: Layer) -> Engine:
             straight = {"fused": _UNLIMITED, "dequant": 0}.get(name, _few_rows(layer))
             scaled_mm = architecture_of(layer.device).scaled_mm.runs == "yes"
             return MatrixEngine(name, numerics, wide=False, few=straight, scaled_mm=scaled_mm)
+        if name in ("fused", "scaled") and _hopper_why_not(layer) is None:
+            from octavo.ops.hopper.engine import HopperEngine
+
+            return HopperEngine(name, numerics, wide=False)
         from octavo.ops.fused import KernelEngine
 
         return KernelEngine(name, numerics, wide=False)
     return ProductEngine(name, numerics, wide=name == "reference")
+
+
+def _hopper_why_not(layer: Layer) -> str | None:
+    """Why the products written for Hopper do not take the layer (Triton's do then), or ``None``."""
+    from octavo.ops.hopper.compiler import missing
+
+    if layer.device.type != "cuda" or architecture_of(layer.device).name != "sm90":
+        return "they are built for Hopper"
+    if reason := missing():
+        return reason
+    if odd := [width for width in layer.widths if width % 32 or width >= 2**16]:
+        return f"they need widths that are multiples of 32 below 65536, and this layer has {odd[0]}"
+    if layer.layout == "block" and layer.block is not None and any(size % 128 for size in layer.block):
+        return f"they take scale blocks of multiples of 128, and these are {layer.block[0]}x{layer.block[1]}"
+    return None
 
 
 def _few_rows(layer: Layer) -> int:

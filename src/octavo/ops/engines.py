@@ -49,6 +49,8 @@ class Wants:
     weight: bool
     bias: bool
     lora: bool
+    spend: bool = False
+    """Whether what forward kept may be written over: nobody reads it again."""
 
 
 class Engine(Protocol):

@@ -115,6 +115,8 @@ class ExpertMlp(torch.autograd.Function):
         wants = [*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[6:]]
         sides = tensors[3 : 3 + _SIDE], tensors[3 + _SIDE :]
         assert not isinstance(spec.engine, Request)
+        # z is the largest thing that a layer keeps; where the graph is not kept, its gradient takes its place
+        spend = not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = stages.backward(
             spec.engine,
             dy_TH,
@@ -126,7 +128,10 @@ class ExpertMlp(torch.autograd.Function):
             (spec.up, spec.down),
             spec.gate,
             wants,
+            spend=spend,
         )
+        if spend:
+            torch.autograd.graph.increment_version(z_MG)
         return (None, grads.x, grads.p, None, None, None, *grads.up, *grads.down)
 
 

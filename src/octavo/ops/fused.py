@@ -160,7 +160,8 @@ class KernelEngine(ProductEngine):
         from octavo.ops.kernels.rows import sum_parts
 
         weight, offsets_E = _codes(down), routing.offsets_E
-        operand, yb_MR = self._incoming(dy_TH, down, routing, routing.token_M)
+        trained_MR = ha_MR if wants.lora else None
+        operand, yb_MR, lora_B = self._incoming(dy_TH, down, routing, routing.token_M, trained_MR, p_M)
         lora = _lora(yb_MR, down, transposed=True)
         swiglu = isinstance(gate, SwiGlu)
         if swiglu:
@@ -178,12 +179,10 @@ class KernelEngine(ProductEngine):
             rows_h = self._gate(z_MG, gate)
             dp_M = (dh_MI.float() * rows_h.float()).sum(-1)
             dz_MG = gate.backward(z_MG, (dh_MI * p_M[:, None]).to(z_MG.dtype))
-        lora_A = lora_B = None
+        lora_A = None
         if wants.lora and down.lora is not None:
-            assert ha_MR is not None
             assert yb_MR is not None
-            B, A = down.lora.B_ENR.dtype, down.lora.A_ERK.dtype
-            lora_B = outer(dy_TH, ha_MR, offsets_E, rank_first=False, dtype=B, token_M=routing.token_M, p_M=p_M)
+            A = down.lora.A_ERK.dtype
             lora_A = outer(rows_h, yb_MR, offsets_E, rank_first=True, dtype=A, p_M=p_M, gated=swiglu)
         return dz_MG, dp_M, ProjectionGrads(None, None, lora_A, lora_B)
 
@@ -196,14 +195,11 @@ class KernelEngine(ProductEngine):
         from octavo.ops.kernels.rows import combine
 
         weight, offsets_E = _codes(up), routing.offsets_E
-        operand, yb_MR = self._incoming(dz_MG, up, routing, None)
-        lora_A = lora_B = dx_TH = None
+        operand, yb_MR, lora_B = self._incoming(dz_MG, up, routing, None, xa_MR if wants.lora else None, None)
+        lora_A = dx_TH = None
         if wants.lora and up.lora is not None:
-            assert xa_MR is not None
             assert yb_MR is not None
-            B, A = up.lora.B_ENR.dtype, up.lora.A_ERK.dtype
-            lora_B = outer(dz_MG, xa_MR, offsets_E, rank_first=False, dtype=B)
-            x_TH = x_TH.contiguous()
+            x_TH, A = x_TH.contiguous(), up.lora.A_ERK.dtype
             lora_A = outer(x_TH, yb_MR, offsets_E, rank_first=True, dtype=A, token_M=routing.token_M)
         if wants.x:
             dx_MH = x_TH.new_empty((routing.num_rows, weight.in_features))
@@ -212,9 +208,33 @@ class KernelEngine(ProductEngine):
         return dx_TH, ProjectionGrads(None, None, lora_A, lora_B)
 
     def _incoming(
+        self,
+        dy: Tensor,
+        side: Projection,
+        routing: Routing,
+        token_M: Tensor | None,
+        xa_MR: Tensor | None,
+        p_M: Tensor | None,
+    ) -> tuple[Operand, Tensor | None, Tensor | None]:
+        """The input gradient's operand (rounded where the numerics say), ``dy·B`` [M, R], and with ``xa_MR`` the
+        gradient of B, its rows weighted by ``p_M``.
+        """
+        from octavo.ops.kernels.lora_backward import MOST_RANK, lora_backward
+        from octavo.ops.kernels.outer import outer
+        from octavo.ops.kernels.product import Operand
+
+        factor, offsets_E = None if side.lora is None else side.lora.B_ENR, routing.offsets_E
+        if factor is None or xa_MR is None:
+            return *self._rounded_incoming(dy, side, routing, token_M), None
+        if self._way("up_grad") != "scaled" and factor.shape[2] <= MOST_RANK:
+            yb_MR, lora_B = lora_backward(dy, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M)
+            return Operand(dy, token_M), yb_MR, lora_B
+        lora_B = outer(dy, xa_MR, offsets_E, rank_first=False, dtype=factor.dtype, token_M=token_M, p_M=p_M)
+        return *self._rounded_incoming(dy, side, routing, token_M), lora_B
+
+    def _rounded_incoming(
         self, dy: Tensor, side: Projection, routing: Routing, token_M: Tensor | None
     ) -> tuple[Operand, Tensor | None]:
-        """The input gradient's operand (rounded where the numerics say) and ``dy·B`` [M, R]."""
         from octavo.ops.kernels.product import Operand
         from octavo.ops.kernels.rows import pass_rows
 
@@ -227,7 +247,7 @@ class KernelEngine(ProductEngine):
         if folds_into_rows(weight):
             yb_MR, rounded = pass_rows(
                 dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1,
-                fold_EK=_per_column(weight), group=weight.out_features,
+                fold_EK=scale_of_features(weight), group=weight.out_features,
             )  # fmt: skip
             return _rounded(rounded, None), yb_MR
         group = weight.block[0]
@@ -324,7 +344,7 @@ def _lora(xa_MR: Tensor | None, side: Projection, *, transposed: bool) -> Lora |
     return Lora(xa_MR, side.lora.A_ERK, 1) if transposed else Lora(xa_MR, side.lora.B_ENR, 2)
 
 
-def _per_column(weight: Float8Weight) -> Tensor:
+def scale_of_features(weight: Float8Weight) -> Tensor:
     """The scale of each output feature, float32 [E, N], of a weight whose scales cover whole rows."""
     grid = weight.scales[..., 0]
     if weight.block[0] > 1:

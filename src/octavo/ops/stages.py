@@ -75,12 +75,16 @@ def backward(
     specs: tuple[WeightSpec, WeightSpec],
     gate: Gate,
     wants: list[bool],
+    *,
+    spend: bool = False,
 ) -> Gradients:
-    """Gradients of what ``wants`` names: x, p, then the five tensors of up and of down. ``saved``: z, x·A, h·A."""
+    """Gradients of what ``wants`` names: x, p, then the five tensors of up and of down. ``saved``: z, x·A, h·A;
+    ``spend``: z may be written over.
+    """
     z_MG, xa_MR, ha_MR = saved
     up, down = projection(specs[0], sides[0]), projection(specs[1], sides[1])
     dz_MG, dp_TK, down_grads = down_backward(
-        engine, dy_TH, z_MG, ha_MR, p_TK, routing, down, gate, _wants(True, wants[2 + SIDE :])
+        engine, dy_TH, z_MG, ha_MR, p_TK, routing, down, gate, _wants(True, wants[2 + SIDE :], spend)
     )
     dx_TH, up_grads = engine.up_backward(dz_MG, x_TH, xa_MR, routing, up, _wants(wants[0], wants[2 : 2 + SIDE]))
     return Gradients(
@@ -108,8 +112,8 @@ def down_backward(
     return dz_MG, dp_M[routing.row_TK].to(p_TK.dtype), grads
 
 
-def _wants(x: bool, side: list[bool]) -> Wants:
-    return Wants(x, weight=side[0], bias=side[2], lora=side[3] or side[4])
+def _wants(x: bool, side: list[bool], spend: bool = False) -> Wants:
+    return Wants(x, weight=side[0], bias=side[2], lora=side[3] or side[4], spend=spend)
 
 
 def as_side(grads: ProjectionGrads, spec: WeightSpec, side: list[Tensor | None]) -> list[Tensor | None]:

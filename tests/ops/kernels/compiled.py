@@ -1,6 +1,8 @@
 """Compile the kernels of whole layers for sm_90, on any machine, and say what each takes: one line of JSON per kernel.
 
-python -m tests.ops.kernels.compiled MODEL:ENGINE ...     without TRITON_INTERPRET
+python -m tests.ops.kernels.compiled MODEL:TOKENS:ENGINE-NUMERICS ...     without TRITON_INTERPRET
+
+ENGINE-NUMERICS may be ``few``: decoding, and linear layers.
 """
 
 import json
@@ -51,6 +53,35 @@ def usage(name: str, kernel: Any) -> Usage:
     return Usage(name, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared)
 
 
+def compile_few(model: str, tokens: int) -> None:
+    """Decoding in each numerics, and every way of a linear layer that has kernels."""
+    import torch
+
+    from benchmarks.layer import Layer
+    from benchmarks.shapes import MODELS
+    from octavo.ops import decode, stages
+    from octavo.ops.gates import SWIGLU
+    from octavo.ops.matrix import MatrixEngine
+
+    layer = Layer(MODELS[model], tokens, "cpu")
+    sides = (layer.side("up", layer.up), layer.side("down", layer.down))
+    halves = [stages.projection(side.spec, side.tensors) for side in sides]
+    weight = layer.down.expert(0)
+    with torch.no_grad():
+        for numerics in ("exact", "fp8"):
+            decode.expert_mlp(layer.inputs["x"], layer.index, layer.inputs["p"], *halves, SWIGLU, numerics)
+        for rows in (1, 300):
+            for engine in (
+                MatrixEngine("fused", "exact", False, 1 << 62, False),
+                MatrixEngine("scaled", "fp8", False, 1 << 62, False),
+                MatrixEngine("dequant", "exact", False, 0, False),
+                MatrixEngine("scaled", "fp8", False, 0, False),
+            ):
+                for transposed in (False, True):
+                    columns = weight.out_features if transposed else weight.in_features
+                    engine.linear(torch.empty(rows, columns, dtype=torch.bfloat16), weight, transposed=transposed)
+
+
 def main(jobs: list[str]) -> None:
     compile_only()
     from benchmarks.layer import compile_one, engines
@@ -58,6 +89,9 @@ def main(jobs: list[str]) -> None:
     numbers = {f"{name}-{numerics}": number for number, (numerics, name, _) in enumerate(engines())}
     for job in jobs:
         model, tokens, engine = job.split(":")
+        if engine == "few":
+            compile_few(model, int(tokens))
+            continue
         compile_one((model, int(tokens), numbers[engine]))
     for name, kernel in compiled_kernels():
         print(json.dumps(asdict(usage(name, kernel))))

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops.kernels.common import INTERPRETED
-from octavo.ops.kernels.lora_backward import Cut, cut_for, lora_backward
+from octavo.ops.kernels.common import INTERPRETED, Cut
+from octavo.ops.kernels.lora_backward import CUT, lora_backward
 from tests.ops.kernels.cases import ACTIVATIONS, Rows, assert_sums, grouped, grouped_outer, ragged
 from tests.ops.kernels.test_rows import poisoned_tokens
 
 
-def check(rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype: torch.dtype, cut: Cut | None) -> None:
+def check(rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype: torch.dtype, cut: Cut) -> None:
     d = poisoned_tokens(rows, width) if gather else rows.rows(width)
     token_M = rows.token_M if gather else None
     p_M = rows.rows(1)[:, 0].contiguous() if weighted else None
@@ -41,14 +41,14 @@ def check(rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype
     gather=st.booleans(),
     weighted=st.booleans(),
     dtype=st.sampled_from((ACTIVATIONS, torch.float32)),
-    cut=st.sampled_from((None, Cut(16, 32, 4, 1), Cut(64, 16, 4, 2))),
+    cut=st.sampled_from((CUT, Cut(16, 32, 4, 1), Cut(64, 16, 4, 2))),
 )
 @settings(max_examples=25, deadline=None)
 def test_matches_float64(
     drawn: tuple[list[int], int, int], width: int, rank: int, gather: bool, weighted: bool, dtype: torch.dtype,
-    cut: Cut | None,
+    cut: Cut,
 ) -> None:  # fmt: skip
-    if cut is not None and not INTERPRETED:
+    if cut is not CUT and not INTERPRETED:
         # a tensor core takes no less than 64 rows
         cut = Cut(64, 64, 4, cut.stages)
     check(Rows(*drawn), width, rank, gather, weighted, dtype, cut)
@@ -56,12 +56,12 @@ def test_matches_float64(
 
 @pytest.mark.parametrize("counts", [[300, 0, 0], [0, 0, 300], [0], [0, 31, 32, 33, 64, 65]], ids=str)
 def test_whole_and_broken_chunks(counts: list[int]) -> None:
-    check(Rows(counts, 3, 0), 48, 16, True, True, torch.float32, None)
+    check(Rows(counts, 3, 0), 48, 16, True, True, torch.float32, CUT)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="takes a GPU")
 @pytest.mark.parametrize("rows_per_expert", [100, 1000])
-def test_cuts_that_are_used(rows_per_expert: int) -> None:
+def test_rows_of_real_layers(rows_per_expert: int) -> None:
     counts = [rows_per_expert, 0, 2 * rows_per_expert + 1, 1]
     for gather in (False, True):
-        check(Rows(counts, 0, 0), 2048, 16, gather, gather, torch.bfloat16, cut_for(rows_per_expert))
+        check(Rows(counts, 0, 0), 2048, 16, gather, gather, torch.bfloat16, CUT)

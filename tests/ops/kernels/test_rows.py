@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.ops.kernels.rows import combine, pass_rows, sum_parts
+from octavo.ops.kernels.rows import combine, pass_rows, round_rows, sum_parts
 from octavo.ops.reference import E4M3_MAX
 from tests.ops.kernels.cases import ACTIVATIONS, DEVICE, Rows, assert_sums, grouped, ragged, seeds
 
@@ -90,6 +90,27 @@ def test_folding_a_scale_into_rows(drawn: tuple[list[int], int, int], width: int
     for e, span in rows.spans():
         value = source[span].float() * fold_EK[e]
         assert_rounded(value, rounded.codes[span].float(), rounded.scales[span], width)
+
+
+@given(ragged, st.sampled_from((16, 96, 160)), st.sampled_from((16, 32, None)), st.booleans(), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_rounding_in_one_read(
+    drawn: tuple[list[int], int, int], width: int, group: int | None, gather: bool, fold: bool
+) -> None:
+    """As the pass that multiplies beside it: sorted rows, gathered or not, with a column scale or without."""
+    rows = Rows(*drawn)
+    x = poisoned_tokens(rows, width) if gather else rows.rows(width)
+    fold_EK = torch.exp2(rows.draw(rows.num_experts, width, dtype=torch.float32) * 2) if fold else None
+    size = width if group is None else group
+    token_M = rows.token_M if gather else None
+    rounded = round_rows(x, size, offsets_E=rows.offsets_E, token_M=token_M, fold_EK=fold_EK)
+    source = x[rows.token_M] if gather else x
+    for e, span in rows.spans():
+        value = source[span].float() * (1.0 if fold_EK is None else fold_EK[e])
+        assert_rounded(value, rounded.codes[span].float(), rounded.scales[span], size)
+    tokens = rows.draw(rows.num_tokens, width)
+    rounded = round_rows(tokens, size)
+    assert_rounded(tokens.float(), rounded.codes.float(), rounded.scales, size)
 
 
 @given(

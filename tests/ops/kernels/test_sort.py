@@ -6,6 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from octavo.ops.kernels import sort
+from octavo.ops.kernels.common import INTERPRETED
 from octavo.ops.kernels.sort import sort_pairs
 from octavo.ops.routing import route
 from tests.ops.kernels.cases import DEVICE, seeds
@@ -48,7 +50,14 @@ def test_ids_need_not_be_contiguous() -> None:
     check(torch.randint(0, 9, (5, 70)).T, 8)
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(2048, 8, 128), (4096, 4, 64), (40_000, 1, 16)])
+@pytest.mark.parametrize("pairs", [0, 1, 127, 128, 129, 700])
+def test_two_launches(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pairs are counted per chunk first."""
+    monkeypatch.setattr(sort, "ONE_LAUNCH", 0)
+    check(torch.randint(-1, 42, (pairs, 1)), 40)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes a GPU")
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(2048, 8, 128), (8192, 4, 64), (32768, 8, 128), (5, 1, 512)])
 def test_sizes_of_real_layers(tokens: int, top_k: int, experts: int) -> None:
-    """As many pairs as take several programs, chunks and turns."""
     check(torch.randint(0, experts + 2, (tokens, top_k)), experts)

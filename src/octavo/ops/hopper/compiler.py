@@ -93,7 +93,14 @@ def source(mode: Mode) -> str:
 
 
 def _options(mode: Mode) -> list[str]:
-    values = {"WIDE": mode.wide, "FLIP": mode.flip, "SCALE": mode.scale, "STAGE": mode.stage, "BN": mode.tokens, "MT": mode.products}
+    values = {
+        "WIDE": mode.wide,
+        "FLIP": mode.flip,
+        "SCALE": mode.scale,
+        "STAGE": mode.stage,
+        "BN": mode.tokens,
+        "MT": mode.products,
+    }
     return [
         f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v",
         *(f"-D{name}={int(value)}" for name, value in values.items()),

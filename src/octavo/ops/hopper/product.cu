@@ -432,14 +432,31 @@ __device__ __forceinline__ void produce(
     u32 phase = 0;
     int total = schedule.total();
     Table tables;
+    // which rows a tile reads is fetched a tile ahead
+    constexpr int LINES = (BN + 127) / 128;
+    int coming[LINES];
+    Tile next;
+    auto look_ahead = [&](int id) {
+        if (id >= total) return;
+        next = schedule.at(id);
+#pragma unroll
+        for (int i = 0; i < LINES; ++i) {
+            int r = thread + i * 128;
+            long long row = next.row0 + (r < next.rows ? r : 0);
+            coming[i] = p.token ? (int)__ldg(p.token + row) : (int)row;
+        }
+    };
+    look_ahead(blockIdx.x);
     for (int id = blockIdx.x; id < total; id += gridDim.x) {
-        Tile t = schedule.at(id);
+        Tile t = next;
         named_sync(1, 128);
-        for (int r = thread; r < BN; r += 128) {
-            long long row = t.row0 + (r < t.rows ? r : 0);
-            int s = p.token ? (int)p.token[row] : (int)row;
-            source[r] = s;
-            rows[r] = (u64)p.act + (long long)s * (p.C * SIZE);
+#pragma unroll
+        for (int i = 0; i < LINES; ++i) {
+            int r = thread + i * 128;
+            if (r < BN) {
+                source[r] = coming[i];
+                rows[r] = (u64)p.act + (long long)coming[i] * (p.C * SIZE);
+            }
         }
         named_sync(1, 128);
         tables.fetch(p, t, 0, thread, source);
@@ -449,8 +466,12 @@ __device__ __forceinline__ void produce(
             if (step < main_steps) {
                 if (thread == 0) load_weight(p, t, step, base, full + slot * 8);
                 load_rows(smem_address(rows), base + A_BYTES, thread, step * BC * SIZE, p.C * SIZE);
-                tables.store(table, thread);
-                if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread, source);
+                if (SCALE == SLAB || WIDE) {
+                    tables.store(table, thread);
+                    if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread, source);
+                } else if (step + 1 == main_steps) {
+                    tables.store(table, thread);
+                }
             } else if (step < main_steps + lora_steps) {
                 load_lora(p, t, step - main_steps, base, thread);
             } else {
@@ -458,6 +479,7 @@ __device__ __forceinline__ void produce(
             }
             copy_arrive(full + slot * 8);
             barrier_arrive(full + slot * 8);
+            if (step == 0) look_ahead(id + gridDim.x);
             if (++slot == STAGES) { slot = 0; phase ^= 1; }
         }
     }
@@ -860,15 +882,15 @@ struct Work {
             // lane g has sum number g: token 8 * (g >> 1) + 2q + (g & 1)
             shares[(group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1)] = sums[0];
         }
-        named_sync(2, 256);
-        int thread = group * 128 + warp * 32 + lane;
-        for (int r = thread; r < t.rows; r += 256) {
+        // this consumer's features alone: consumers never wait for each other
+        named_sync(2 + group, 128);
+        for (int r = warp * 32 + lane; r < t.rows; r += 128) {
             float sum = 0.f;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sum += shares[i * BN + r];
-            p.shares[(long long)t.index_f * p.num_rows + t.row0 + r] = sum;
+            for (int i = 0; i < 4; ++i) sum += shares[(group * 4 + i) * BN + r];
+            p.shares[(long long)(t.index_f * 2 + group) * p.num_rows + t.row0 + r] = sum;
         }
-        named_sync(2, 256);
+        named_sync(2 + group, 128);
     }
 };
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.errors import EngineError
 from octavo.formats.weight import Float8Weight
-from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode, launch, missing
+from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode, launch
 from octavo.ops.weights import storage
 
 MAX_EXPERTS = 1024
@@ -43,8 +43,8 @@ class LoraStep:
 
 @dataclass(frozen=True)
 class GateGradient:
-    """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32 [ceil(F / 256), M]
-    takes each row's parts of <dh, h>.
+    """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32
+    [2 * ceil(F / 256), M] takes each row's parts of <dh, h>.
     """
 
     z: Tensor
@@ -67,30 +67,6 @@ class _Params(ctypes.Structure):
     ]  # fmt: skip
 
 
-def unsupported(weight: Float8Weight, device: torch.device) -> str | None:
-    """Why the kernel cannot multiply with ``weight`` on ``device``, or ``None``."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return "its kernels are built for Hopper (compute capability 9.0)"
-    if reason := missing():
-        return reason
-    if weight.num_experts > MAX_EXPERTS:
-        return f"its kernels take at most {MAX_EXPERTS} experts, and this stack has {weight.num_experts}"
-    shape = [weight.out_features, weight.in_features]
-    if weight.in_features % 16 or weight.out_features % 32 or weight.rows % 16:
-        return f"weights must be [a multiple of 32, a multiple of 16], and this one is {shape}"
-    if max(shape) >= 2**16:
-        return f"widths must be below 65536, and the weight is {shape}"
-    whole_row = weight.block[1] >= weight.in_features
-    if not whole_row and (weight.block[0] % 128 or weight.block[1] % 128):
-        return f"scale blocks must be multiples of 128, and these are {weight.block[0]}x{weight.block[1]}"
-    return None
-
-
-def slabs_cross_parts(weight: Float8Weight) -> bool:
-    """Whether 128 rows of the weight can lie in two parts: E4M3 slabs of the input gradient cannot."""
-    return weight.parts > 1 and weight.rows % 128 != 0
-
-
 def _address(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
@@ -103,7 +79,9 @@ def _magic(divisor: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _tensor_map(address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int) -> "ctypes.Array[ctypes.c_uint64]":
+def _tensor_map(
+    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int
+) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map by which a weight's tiles are fetched.
 
     A tile that is not flipped brings its rows in the order of wgmma's fragments: of a thread's 4 neighbouring features,

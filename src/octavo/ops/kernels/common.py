@@ -3,6 +3,8 @@
 Legend: ``M`` rows sorted by expert, ``E`` experts, ``EP`` E rounded up to a power of two.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,16 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a pass over rows is cut: rows and columns of a tile, warps, and stages of its loads."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
 
 
 @triton.jit

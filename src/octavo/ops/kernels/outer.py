@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, padded_rank
+from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, padded_rank
 
 
 @triton.jit
@@ -61,21 +61,22 @@ def outer(
     token_M: Tensor | None = None,
     p_M: Tensor | None = None,
     gated: bool = False,
+    cut: Cut | None = None,
 ) -> Tensor:
     """``Σ_m (p_m) a_m ⊗ b_m`` per expert in ``dtype``: [E, N, R], or [E, R, N] with ``rank_first``.
 
     ``a``: rows [*, N], read at ``token_M`` where given; with ``gated`` they are z = [g, u] [M, 2N] and ``a_m`` is
-    silu(g)·u, rounded to the dtype of z. Zero for an expert without rows.
+    silu(g)·u, rounded to the dtype of z. ``cut``: the measured one by default. Zero for an expert without rows.
     """
     num_experts, rank = offsets_E.shape[0], b_MR.shape[1]
     cols = a.shape[1] // 2 if gated else a.shape[1]
     shape = (num_experts, rank, cols) if rank_first else (num_experts, cols, rank)
     out = torch.empty(shape, dtype=dtype, device=a.device)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if rank_first else out.stride()
-    block_n, block_m = (32, 16) if INTERPRETED else (128, 64)
-    outer_kernel[(ceil_div(cols, block_n), num_experts)](
+    cut = cut or (Cut(16, 32, 4, 1) if INTERPRETED else Cut(32, 128, 4, 3 if gated else 4))
+    outer_kernel[(ceil_div(cols, cut.columns), num_experts)](
         a, b_MR, token_M, p_M, offsets_E, out, *strides, N=cols, R=rank, RP=padded_rank(rank),
-        GATHER=token_M is not None, WEIGHTED=p_M is not None, GATED=gated, BM=block_m, BN=block_n, WIDE=INTERPRETED,
-        num_warps=4, num_stages=3,
+        GATHER=token_M is not None, WEIGHTED=p_M is not None, GATED=gated, BM=cut.rows, BN=cut.columns,
+        WIDE=INTERPRETED, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
+from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -95,6 +95,47 @@ def rows_kernel(
 
 
 @triton.jit
+def round_kernel(
+    x, token_M, offsets_E, scale_EK, codes, scales, num_rows, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, GATHER: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    e = 0
+    start = pid * BM
+    end = num_rows
+    live = start < num_rows
+    if BY_EXPERT:
+        tiles = expert_tiles(offsets_E, 0, E, E, EP, BM)
+        e = tl.sum((tiles <= pid).to(tl.int32), 0)
+        live = e < E
+        e = tl.minimum(e, E - 1)
+        first, end = expert_rows(offsets_E, e)
+        before = tl.sum(tl.where(tl.arange(0, EP) == e - 1, tiles, 0), 0)
+        start = first + (pid - before) * BM
+    if live:
+        row = start + tl.arange(0, BM)
+        mask_m = row < end
+        row = row.to(tl.int64)
+        source = row
+        if GATHER:
+            source = tl.load(token_M + row, mask=mask_m, other=0)
+        k = tl.arange(0, BK)
+        mask = mask_m[:, None] & (k < K)[None, :]
+        value = tl.load(x + source[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        if FOLD:
+            value *= tl.load(scale_EK + e.to(tl.int64) * K + k, mask=k < K, other=0.0)[None, :]  # type: ignore[attr-defined]
+        grouped = tl.reshape(value, (BM, BK // GROUP, GROUP))
+        peak = tl.max(tl.abs(grouped), 2)
+        scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
+        code = to_e4m3(tl.clamp(grouped / scale[:, :, None], -E4M3_MAX, E4M3_MAX), WIDE)
+        tl.store(codes + row[:, None] * K + k[None, :], tl.reshape(code, (BM, BK)), mask=mask)
+        groups: tl.constexpr = (K + GROUP - 1) // GROUP
+        g = tl.arange(0, BK // GROUP)
+        tl.store(scales + row[:, None] * groups + g[None, :], scale, mask=mask_m[:, None] & (g < groups)[None, :])
+
+
+@triton.jit
 def combine_kernel(
     y, row_TK, p_TK, offsets_E, out, H: tl.constexpr, TOPK: tl.constexpr, E: tl.constexpr, WEIGHTED: tl.constexpr,
     BH: tl.constexpr,
@@ -140,12 +181,14 @@ def pass_rows(
     contract: int = 2,
     fold_EK: Tensor | None = None,
     group: int | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor | None, Rounded | None]:
     """One pass over the rows of ``x`` [*, K] bfloat16: (x·factorᵀ [M, R], x rounded to E4M3), each where asked for.
 
     With ``offsets_E`` rows are sorted by expert, read at ``token_M`` where given. ``factor``: [E, R, K] with
     ``contract=2`` or [E, K, R] with ``contract=1``. ``fold_EK``: float32 column scales that multiply before rounding.
-    ``group``: columns per scale of the rounding, K for one scale per row; ``None`` for no rounding.
+    ``group``: columns per scale of the rounding, K for one scale per row; ``None`` for no rounding. ``cut``: the
+    measured one by default; a smaller group than K is itself the tile's columns.
     """
     num_rows, cols = (x if token_M is None else token_M).shape[0], x.shape[1]
     device = x.device
@@ -166,29 +209,67 @@ def pass_rows(
     if num_rows == 0:
         return skinny, rounded
     grouped = group is not None and group < cols
-    block_m = 32 if num_rows <= 16384 else 64
-    block_k = group if grouped else (64 if INTERPRETED else 128)
-    grid = ceil_div(num_rows, block_m) + (num_experts if by_expert else 0)
+    if cut is None:
+        cut = Cut(32 if num_rows <= 16384 else 64, 64 if INTERPRETED else 128, 4, 4) if group else Cut(64, 64, 4, 4)
+    block_k = group if grouped else cut.columns
+    grid = ceil_div(num_rows, cut.rows) + (num_experts if by_expert else 0)
     rows_kernel[(grid,)](
         x, token_M, offsets_E, fold_EK, factor, skinny, rounded and rounded.codes, rounded and rounded.scales,
         num_rows, *strides, K=cols, R=rank, RP=padded_rank(rank), E=num_experts,
         EP=max(16, triton.next_power_of_2(num_experts)), GROUP=group or cols, BY_EXPERT=by_expert,
         GATHER=token_M is not None, FOLD=fold_EK is not None, SKINNY=factor is not None, ROUND=rounded is not None,
-        BM=block_m, BK=block_k, WIDE=INTERPRETED, num_warps=4, num_stages=4,
+        BM=cut.rows, BK=block_k, WIDE=INTERPRETED, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return skinny, rounded
 
 
-def combine(y_MH: Tensor, row_TK: Tensor, offsets_E: Tensor, p_TK: Tensor | None) -> Tensor:
+def round_rows(
+    x: Tensor,
+    group: int,
+    *,
+    offsets_E: Tensor | None = None,
+    token_M: Tensor | None = None,
+    fold_EK: Tensor | None = None,
+    cut: Cut | None = None,
+) -> Rounded:
+    """``x`` [*, K] rounded to E4M3 with a scale per row and ``group`` columns (a power of two, or K), in one read.
+
+    With ``offsets_E`` rows are sorted by expert, read at ``token_M`` where given, and those past the last offset are
+    not written. ``fold_EK``: float32 column scales that multiply before rounding.
+    """
+    num_rows, cols = (x if token_M is None else token_M).shape[0], x.shape[1]
+    block = int(triton.next_power_of_2(cols))
+    # a scale per row: the padding up to a power of two is zero
+    size = block if group >= cols else group
+    rounded = Rounded(
+        torch.empty((num_rows, cols), dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty((num_rows, ceil_div(cols, size)), dtype=torch.float32, device=x.device),
+    )
+    if num_rows == 0:
+        return rounded
+    num_experts = 1 if offsets_E is None else offsets_E.shape[0]
+    cut = cut or Cut(max(1, min(4, 16384 // block)), 0, 8 if block >= 4096 else 4)
+    grid = ceil_div(num_rows, cut.rows) + (0 if offsets_E is None else num_experts)
+    round_kernel[(grid,)](
+        x, token_M, offsets_E, fold_EK, rounded.codes, rounded.scales, num_rows, K=cols, E=num_experts,
+        EP=max(16, triton.next_power_of_2(num_experts)), GROUP=size, BY_EXPERT=offsets_E is not None,
+        GATHER=token_M is not None, FOLD=fold_EK is not None, BM=cut.rows, BK=block, WIDE=INTERPRETED,
+        num_warps=cut.warps,
+    )  # fmt: skip
+    return rounded
+
+
+def combine(y_MH: Tensor, row_TK: Tensor, offsets_E: Tensor, p_TK: Tensor | None, cut: Cut | None = None) -> Tensor:
     """``y_t = Σ_k p_tk · y_row(t,k)`` in a fixed order, float32 sums, [T, H]; rows past the last offset count zero."""
     (num_tokens, top_k), hidden = row_TK.shape, y_MH.shape[1]
     out = torch.empty((num_tokens, hidden), dtype=y_MH.dtype, device=y_MH.device)
     if num_tokens == 0:
         return out
-    block = min(2048, triton.next_power_of_2(hidden))
+    cut = cut or Cut(1, 2048, 4)
+    block = min(cut.columns, triton.next_power_of_2(hidden))
     combine_kernel[(num_tokens, ceil_div(hidden, block))](
         y_MH, row_TK, p_TK, offsets_E, out, H=hidden, TOPK=top_k, E=offsets_E.shape[0], WEIGHTED=p_TK is not None,
-        BH=block, num_warps=4,
+        BH=block, num_warps=cut.warps,
     )  # fmt: skip
     return out
 

@@ -1,7 +1,10 @@
-"""Stable counting sort of (token, expert) pairs on the device: three small launches, no host synchronisation.
+"""Stable counting sort of (token, expert) pairs on the device: one launch for a few pairs, two for many, no host
+synchronisation.
 
-Each program owns ``CHUNK`` consecutive pairs; counts per (program, expert), a scan over programs and experts, then each
-pair's place is its program's base plus its rank inside the program.
+Each program places ``CHUNK`` consecutive pairs: at its expert's start, plus the expert's pairs in earlier chunks, plus
+those before it in its own chunk. Up to :data:`ONE_LAUNCH` pairs a program counts all of them itself; beyond, a first
+launch counts per chunk and each program of the second sums the chunks. Counts are integers: the order of summing them
+changes nothing.
 """
 
 import torch
@@ -11,14 +14,16 @@ from torch import Tensor
 
 from octavo.ops.kernels.common import ceil_div
 
+# Counting all pairs in each of M / 128 programs costs M² / 128 look-ups: 2 M at 16384 pairs, as many as one wave hides.
+ONE_LAUNCH = 2048
+
 
 @triton.jit
-def _one_hot(index, chunk_start, M, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
-    pair = chunk_start + tl.arange(0, BLOCK)
+def _experts(index, pair, M, E: tl.constexpr):
+    """(expert of each pair, whether it is one of ours): ids outside 0 … E - 1 are another rank's."""
     expert = tl.load(index + pair, mask=pair < M, other=E)
-    # off-rank ids share the last, dropped bin: their order is kept after everybody else's
-    expert = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
-    return expert, (expert[:, None] == tl.arange(0, EP)[None, :]) & (pair < M)[:, None]
+    ours = (expert >= 0) & (expert < E)
+    return tl.where(ours, expert, 0).to(tl.int32), ours
 
 
 @triton.jit
@@ -26,77 +31,78 @@ def count_kernel(index, counts, M, E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.
     pid = tl.program_id(0)
     total = tl.zeros((EP,), tl.int32)
     for start in range(0, CHUNK, BLOCK):
-        _, hot = _one_hot(index, pid * CHUNK + start, M, E, EP, BLOCK)
-        total += tl.sum(hot.to(tl.int32), 0)
+        expert, ours = _experts(index, pid * CHUNK + start + tl.arange(0, BLOCK), M, E)
+        total += tl.histogram(expert, EP, mask=ours)
     tl.store(counts + pid * EP + tl.arange(0, EP), total)
 
 
 @triton.jit
-def scan_kernel(counts, bases, offsets_E, num_chunks, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
-    e = tl.arange(0, EP)
-    running = tl.zeros((EP,), tl.int32)
-    for start in range(0, num_chunks, BLOCK):
-        chunk = start + tl.arange(0, BLOCK)
-        mask = (chunk < num_chunks)[:, None]
-        block = tl.load(counts + chunk[:, None] * EP + e[None, :], mask=mask, other=0)
-        before = tl.cumsum(block, 0) - block + running[None, :]
-        tl.store(bases + chunk[:, None] * EP + e[None, :], before, mask=mask)
-        running += tl.sum(block, 0)
-    ends = tl.cumsum(running, 0)
-    # the bins' own starts, one row past the last chunk
-    tl.store(bases + num_chunks * EP + e, ends - running)
-    tl.store(offsets_E + e, ends, mask=e < E)
-
-
-@triton.jit
 def place_kernel(
-    index, bases, token_M, row_M, M, num_chunks, TOPK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    index, counts, token_M, row_M, offsets_E, M, num_chunks, TOPK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     e = tl.arange(0, EP)
-    base = tl.load(bases + pid * EP + e) + tl.load(bases + num_chunks * EP + e)
+    before = tl.zeros((EP,), tl.int32)
+    total = tl.zeros((EP,), tl.int32)
+    if COUNTED:
+        for start in range(0, num_chunks, STEP):
+            chunk = start + tl.arange(0, STEP)
+            here = tl.load(counts + chunk[:, None] * EP + e[None, :], mask=(chunk < num_chunks)[:, None], other=0)
+            total += tl.sum(here, 0)
+            before += tl.sum(tl.where((chunk < pid)[:, None], here, 0), 0)
+    else:
+        for start in range(0, M, STEP):
+            pair = start + tl.arange(0, STEP)
+            expert, ours = _experts(index, pair, M, E)
+            total += tl.histogram(expert, EP, mask=ours)
+            before += tl.histogram(expert, EP, mask=ours & (pair < pid * CHUNK))
+    ends = tl.cumsum(total, 0)
+    if pid == 0:
+        tl.store(offsets_E + e, ends, mask=e < E)
+    base = ends - total + before
+    # another rank's pairs come after all of ours, in their order
+    ours_before = tl.sum(before, 0)
+    rest = tl.sum(total, 0)
+    place = tl.arange(0, BLOCK)
     for start in range(0, CHUNK, BLOCK):
-        pair = pid * CHUNK + start + tl.arange(0, BLOCK)
-        _, hot = _one_hot(index, pid * CHUNK + start, M, E, EP, BLOCK)
-        ones = hot.to(tl.int32)
-        places = tl.cumsum(ones, 0) - ones + base[None, :]
-        row = tl.sum(tl.where(hot, places, 0), 1)
-        base += tl.sum(ones, 0)
+        pair = pid * CHUNK + start + place
+        expert, ours = _experts(index, pair, M, E)
+        same = (expert[:, None] == expert[None, :]) & ours[None, :] & (place[None, :] < place[:, None])
+        row = tl.gather(base, expert, 0) + tl.sum(same.to(tl.int32), 1)
+        count = ours.to(tl.int32)
+        row = tl.where(ours, row, rest + pair - (ours_before + tl.cumsum(count, 0) - count))
+        base += tl.histogram(expert, EP, mask=ours)
+        ours_before += tl.sum(count, 0)
         mask = pair < M
         tl.store(token_M + row, (pair // TOPK).to(tl.int64), mask=mask)
         tl.store(row_M + pair, row.to(tl.int64), mask=mask)
 
 
 def sort_pairs(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(token_M int64, row_TK int64, offsets_E int32) of :class:`octavo.ops.routing.Routing`; ids ≥ E sort last."""
+    """(token_M int64, row_TK int64, offsets_E int32) of :class:`octavo.ops.routing.Routing`; ids outside 0 … E - 1
+    sort last, in their order. ``index_TK``: any integer dtype.
+    """
     num_pairs, device = index_TK.numel(), index_TK.device
-    # one bin more than experts, for off-rank ids
-    padded = max(16, triton.next_power_of_2(num_experts + 1))
-    block = max(16, min(128, 16384 // padded))
-    chunk = block * max(1, min(16, num_pairs // (block * 128)))
+    padded = max(32, triton.next_power_of_2(num_experts))
+    counted = num_pairs > ONE_LAUNCH
+    block = 128
+    # two programs for each multiprocessor of the largest devices; not fewer pairs than a block
+    chunk = block * ceil_div(num_pairs, block * 264) if counted else block
     num_chunks = ceil_div(num_pairs, chunk)
-    counts = torch.empty((num_chunks, padded), dtype=torch.int32, device=device)
-    bases = torch.empty((num_chunks + 1, padded), dtype=torch.int32, device=device)
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     token_M = torch.empty(num_pairs, dtype=torch.int64, device=device)
     row_TK = torch.empty(index_TK.shape, dtype=torch.int64, device=device)
     index = index_TK.contiguous()
-    sizes = {"E": num_experts, "EP": padded, "BLOCK": block}
-    if num_chunks:
-        count_kernel[(num_chunks,)](index, counts, num_pairs, CHUNK=chunk, **sizes, num_warps=8)
-    scan_kernel[(1,)](counts, bases, offsets_E, num_chunks, **sizes | {"BLOCK": max(4, 4096 // padded)}, num_warps=8)
-    if num_chunks:
-        place_kernel[(num_chunks,)](
-            index,
-            bases,
-            token_M,
-            row_TK,
-            num_pairs,
-            num_chunks,
-            TOPK=index_TK.shape[1],
-            CHUNK=chunk,
-            **sizes,
-            num_warps=8,
-        )
+    sizes = {"E": num_experts, "EP": padded, "CHUNK": chunk, "BLOCK": block, "num_warps": 4}
+    counts = None
+    if counted:
+        counts = torch.empty((num_chunks, padded), dtype=torch.int32, device=device)
+        count_kernel[(num_chunks,)](index, counts, num_pairs, **sizes)
+    step = max(16, 4096 // padded) if counted else min(2048, max(128, triton.next_power_of_2(num_pairs)))
+    # without a pair one program still writes the offsets
+    place_kernel[(max(1, num_chunks),)](
+        index, counts, token_M, row_TK, offsets_E, num_pairs, num_chunks, TOPK=index_TK.shape[1], COUNTED=counted,
+        STEP=step, **sizes,
+    )  # fmt: skip
     return token_M, row_TK, offsets_E

@@ -1,0 +1,250 @@
+"""The stages of an expert MLP on the products of `product.cu`: engines ``fused`` and ``scaled`` on Hopper.
+
+What lies between the products (sorting, LoRA's skinny products, rounding, combining) is that of
+:class:`octavo.ops.fused.KernelEngine`, and so is every layer that the products do not take. Legend: see there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.formats.weight import Float8Weight
+from octavo.ops.engines import Projection, ProjectionGrads, Wants
+from octavo.ops.fused import KernelEngine, Site, scale_of_features
+from octavo.ops.gates import Gate, SwiGlu
+from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, GateGradient, LoraStep, Rows, product
+from octavo.ops.reference import folds_into_rows
+from octavo.ops.routing import Routing
+
+_PRODUCTS = 2
+
+
+@dataclass(frozen=True)
+class HopperEngine(KernelEngine):
+    """See the module's docstring."""
+
+    def _takes(self, x: Tensor, side: Projection) -> bool:
+        return self._kernels(x, side) and side.weight.num_experts <= MAX_EXPERTS
+
+    def _rounds(self, site: Site) -> bool:
+        return self._way(site) == "scaled"
+
+    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self._takes(x_TH, up):
+            return super().up(x_TH, routing, up, gate)
+        from octavo.ops.hopper.interleave import interleave
+        from octavo.ops.kernels.rows import pass_rows, round_rows
+
+        weight, x_TH = _codes(up), x_TH.contiguous()
+        xa_MR = None
+        if up.lora is not None:
+            xa_MR, _ = pass_rows(x_TH, offsets_E=routing.offsets_E, token_M=routing.token_M, factor=up.lora.A_ERK)
+        if self._rounds("up"):
+            # each token once, before the gather
+            rounded = round_rows(x_TH, min(weight.block[1], weight.in_features))
+            rows = Rows(rounded.codes, routing.token_M, rounded.scales)
+        else:
+            rows = Rows(interleave(x_TH), routing.token_M)
+        z_MG = x_TH.new_empty((routing.num_rows, weight.out_features))
+        lora = None if up.lora is None else _step(xa_MR, up.lora.B_ENR)
+        if isinstance(gate, SwiGlu):
+            h_MI = x_TH.new_empty((routing.num_rows, weight.rows))
+            self._product("up", rows, weight, routing, z_MG, lora, h=h_MI)
+            return z_MG, h_MI, xa_MR
+        self._product("up", rows, weight, routing, z_MG, lora)
+        h_MI = self._gate(z_MG, gate)
+        return z_MG, h_MI if self._rounds("down") else interleave(h_MI), xa_MR
+
+    def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
+        if not self._takes(h_MI, down):
+            return super().down(h_MI, p_TK, routing, down)
+        from octavo.ops.hopper.interleave import interleave
+        from octavo.ops.kernels.rows import combine, pass_rows, round_rows
+
+        weight, ha_MR = _codes(down), None
+        if self._rounds("down"):
+            rounded = round_rows(h_MI, min(weight.block[1], weight.in_features), offsets_E=routing.offsets_E)
+            rows = Rows(rounded.codes, None, rounded.scales)
+            if down.lora is not None:
+                ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=down.lora.A_ERK)
+        else:
+            rows = Rows(h_MI)
+            if down.lora is not None:
+                # h is interleaved, so the factor must be
+                ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=interleave(down.lora.A_ERK))
+        y_MH = h_MI.new_empty((routing.num_rows, weight.out_features))
+        lora = None if down.lora is None else _step(ha_MR, down.lora.B_ENR)
+        self._product("down", rows, weight, routing, y_MH, lora)
+        return combine(y_MH, routing.row_TK, routing.offsets_E, p_TK.contiguous()), ha_MR
+
+    def down_backward(
+        self,
+        dy_TH: Tensor,
+        z_MG: Tensor,
+        ha_MR: Tensor | None,
+        p_M: Tensor,
+        routing: Routing,
+        down: Projection,
+        gate: Gate,
+        wants: Wants,
+    ) -> tuple[Tensor, Tensor, ProjectionGrads]:
+        if not self._takes(dy_TH, down):
+            return super().down_backward(dy_TH, z_MG, ha_MR, p_M, routing, down, gate, wants)
+        from octavo.ops.kernels.rows import sum_parts
+
+        weight, offsets_E = _codes(down), routing.offsets_E
+        if p_M.dtype not in (torch.float32, torch.bfloat16):
+            p_M = p_M.float()
+        rows, yb_MR, lora_B = self._backward_rows(dy_TH, ha_MR, down, routing, wants, routing.token_M, p_M)
+        lora = None if down.lora is None else _step(yb_MR, down.lora.A_ERK.transpose(1, 2))
+        swiglu, lora_A = isinstance(gate, SwiGlu), None
+        if swiglu:
+            if lora_B is not None:
+                # before dz may take z's place
+                lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
+            dz_MG = z_MG if wants.spend else torch.empty_like(z_MG)
+            parts = 2 * -(-weight.in_features // (FEATURES * _PRODUCTS))
+            shares = dy_TH.new_empty((parts, routing.num_rows), dtype=torch.float32)
+            self._product(
+                "down_grad", rows, weight, routing, dz_MG, lora, gradient=GateGradient(z_MG, p_M.contiguous(), shares)
+            )
+            dp_M = sum_parts(shares, offsets_E)
+        else:
+            dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
+            self._product("down_grad", rows, weight, routing, dh_MI, lora)
+            # rows past the last offset were never written, here nor in z
+            live_M1 = torch.arange(routing.num_rows, device=dy_TH.device)[:, None] < offsets_E[-1]
+            dh_MI, z_MG = torch.where(live_M1, dh_MI, 0), torch.where(live_M1, z_MG, 0)
+            rows_h = self._gate(z_MG, gate)
+            dp_M = (dh_MI.float() * rows_h.float()).sum(-1)
+            dz_MG = gate.backward(z_MG, (dh_MI * p_M[:, None]).to(z_MG.dtype))
+            if lora_B is not None:
+                lora_A = self._lora_A(rows_h, yb_MR, down, routing, p_M, gated=False)
+        return dz_MG, dp_M, ProjectionGrads(None, None, lora_A, lora_B)
+
+    @staticmethod
+    def _lora_A(
+        h: Tensor, yb_MR: Tensor | None, down: Projection, routing: Routing, p_M: Tensor, *, gated: bool
+    ) -> Tensor:
+        """dA of the down projection from h, or from z with ``gated``."""
+        from octavo.ops.kernels.outer import outer
+
+        assert down.lora is not None
+        assert yb_MR is not None
+        dtype = down.lora.A_ERK.dtype
+        return outer(h, yb_MR, routing.offsets_E, rank_first=True, dtype=dtype, p_M=p_M, gated=gated)
+
+    def up_backward(
+        self, dz_MG: Tensor, x_TH: Tensor, xa_MR: Tensor | None, routing: Routing, up: Projection, wants: Wants
+    ) -> tuple[Tensor | None, ProjectionGrads]:
+        if not self._takes(dz_MG, up):
+            return super().up_backward(dz_MG, x_TH, xa_MR, routing, up, wants)
+        from octavo.ops.kernels.outer import outer
+        from octavo.ops.kernels.rows import combine
+
+        weight, offsets_E = _codes(up), routing.offsets_E
+        rows, yb_MR, lora_B = self._backward_rows(dz_MG, xa_MR, up, routing, wants, None, None)
+        lora_A = dx_TH = None
+        if lora_B is not None and up.lora is not None:
+            assert yb_MR is not None
+            dtype, x_TH = up.lora.A_ERK.dtype, x_TH.contiguous()
+            lora_A = outer(x_TH, yb_MR, offsets_E, rank_first=True, dtype=dtype, token_M=routing.token_M)
+        if wants.x:
+            dx_MH = x_TH.new_empty((routing.num_rows, weight.in_features))
+            lora = None if up.lora is None else _step(yb_MR, up.lora.A_ERK.transpose(1, 2))
+            self._product("up_grad", rows, weight, routing, dx_MH, lora)
+            dx_TH = combine(dx_MH, routing.row_TK, offsets_E, None)
+        return dx_TH, ProjectionGrads(None, None, lora_A, lora_B)
+
+    def _backward_rows(
+        self,
+        d: Tensor,
+        xa_MR: Tensor | None,
+        side: Projection,
+        routing: Routing,
+        wants: Wants,
+        token_M: Tensor | None,
+        p_M: Tensor | None,
+    ) -> tuple[Rows, Tensor | None, Tensor | None]:
+        """(the input gradient's rows, ``d·B`` [M, R], dB)."""
+        from octavo.ops.kernels.lora_backward import CUT, FEW, MOST_RANK, lora_backward
+        from octavo.ops.kernels.outer import outer
+        from octavo.ops.kernels.rows import pass_rows, round_rows
+
+        d, offsets_E, weight = d.contiguous(), routing.offsets_E, _codes(side)
+        yb_MR = lora_B = None
+        if side.lora is not None:
+            factor = side.lora.B_ENR
+            if wants.lora and factor.shape[2] <= MOST_RANK:
+                assert xa_MR is not None
+                cut = FEW if routing.num_rows <= 192 * weight.num_experts else CUT
+                yb_MR, lora_B = lora_backward(d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, cut=cut)
+            else:
+                yb_MR, _ = pass_rows(d, offsets_E=offsets_E, token_M=token_M, factor=factor, contract=1)
+                if wants.lora:
+                    assert xa_MR is not None
+                    dtype = factor.dtype
+                    lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
+        if not self._rounds("up_grad"):
+            return Rows(d, token_M), yb_MR, lora_B
+        if folds_into_rows(weight):
+            fold_EN = scale_of_features(weight)
+            rounded = round_rows(d, weight.out_features, offsets_E=offsets_E, token_M=token_M, fold_EK=fold_EN)
+            return Rows(rounded.codes, None, rounded.scales), yb_MR, lora_B
+        # tokens once, rows of the up product as they are
+        rounded = round_rows(d, weight.block[0], offsets_E=None if token_M is not None else offsets_E)
+        return Rows(rounded.codes, token_M, rounded.scales), yb_MR, lora_B
+
+    def _product(
+        self,
+        site: Site,
+        rows: Rows,
+        weight: Float8Weight,
+        routing: Routing,
+        out: Tensor,
+        lora: LoraStep | None,
+        *,
+        h: Tensor | None = None,
+        gradient: GateGradient | None = None,
+    ) -> None:
+        slabs = rows.scales is not None and not folds_into_rows(weight)
+        tokens = tokens_of_tile(routing.num_rows / weight.num_experts, most=128 if slabs else 160)
+        product(
+            rows, weight, routing.offsets_E, out, flip=site.endswith("grad"), lora=lora, h=h, gradient=gradient,
+            tokens=tokens, products=_PRODUCTS,
+        )  # fmt: skip
+
+
+# how much longer a tile takes than its tokens say, against one of 128: measured on an H200, from 128 to 2048 rows per
+# expert (docs/log.md, 2026-11-23)
+_PRICE = {160: 1.08, 128: 1.0, 64: 1.3}
+
+
+def tokens_of_tile(rows: float, most: int) -> int:
+    """The cheapest tile for experts of ``rows`` rows, give or take what random routing gives."""
+    spread = math.sqrt(rows)
+
+    def price(tokens: int) -> float:
+        padded = (-(-max(1.0, rows + by) // tokens) * tokens for by in (-spread, -0.5, 0.5, spread))
+        return _PRICE[tokens] * sum(padded)
+
+    return min((tokens for tokens in _PRICE if tokens <= most), key=price)
+
+
+def _codes(side: Projection) -> Float8Weight:
+    assert isinstance(side.weight, Float8Weight)
+    return side.weight
+
+
+def _step(xa_MR: Tensor | None, factor_EFR: Tensor) -> LoraStep:
+    """LoRA's part of a product; ranks are padded to rows of 16 bytes."""
+    assert xa_MR is not None
+    factor = factor_EFR.to(torch.bfloat16)
+    if short := -xa_MR.shape[1] % 8:
+        xa_MR, factor = F.pad(xa_MR, (0, short)), F.pad(factor, (0, short))
+    return LoraStep(xa_MR, factor.contiguous())
