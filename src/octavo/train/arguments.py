@@ -8,7 +8,7 @@ import trl
 from octavo.train.config import SftConfig, TrainSection
 from octavo.train.data import Loss
 
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # An interval that no run reaches: trl then evaluates and saves at the last step only.
 _AT_THE_END = 10**9
@@ -37,6 +37,8 @@ def sft_arguments(config: SftConfig, loss: Loss, *, evaluates: bool) -> trl.SFTC
         lr_scheduler_type=_SCHEDULERS[train.scheduler],
         warmup_steps=_warmup(train),
         optim=_OPTIMIZERS[train.optimizer],
+        # Rounds updates of bfloat16 parameters stochastically, and leaves float32 ones alone.
+        optim_args="bf16_stochastic_round=True" if train.optimizer == "adamw_8bit" else None,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         router_aux_loss_coef=train.router_aux_loss,

@@ -19,6 +19,7 @@ _SHOWN = (
     ("grad_norm", "grad {:.2f}"),
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("peak_memory_gb", "peak {:.2f} GB"),
+    ("plan_gb", "planned {:.2f} GB"),
     ("expert_load", "expert load max/mean {:.2f}"),
 )
 

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.chat_template_utils import get_training_chat_template
 
 import octavo
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 from octavo.integrations.announced import rehearse
 from octavo.train.arguments import sft_arguments
 from octavo.train.config import SftConfig
@@ -32,6 +32,8 @@ from octavo.train.interrupt import SaveOnInterrupt
 from octavo.train.meter import GB, peak_memory
 from octavo.train.metrics import MetricsFile
 from octavo.train.outcome import RunResult
+from octavo.train.packed import use_packed_attention
+from octavo.train.planned import planned
 from octavo.train.preview import Preview, say
 from octavo.train.progress import LiveProgress, progress_for
 from octavo.train.proof import GradientProofCallback
@@ -77,6 +79,7 @@ class Run:
         self._interrupt = SaveOnInterrupt()
         self._adapter: Path | None = None
         _require_reporter(self._config)
+        _require_optimizer(self._config)
         self._folder = RunFolder(self._config.out)
         self._checkpoint = self._folder.checkpoint(self._config.train.resume)
         train, evaluation = load_data(self._config.data, seed=self._config.train.seed)
@@ -99,7 +102,10 @@ class Run:
             engine=config.model.engine,
             dtype=getattr(torch, config.model.dtype),
             revision=config.model.revision,
+            attn_implementation=None if config.model.attention == "auto" else config.model.attention,
         )
+        if config.data.packing and config.model.attention == "auto":
+            use_packed_attention(model)
         lora = octavo.lora_config(
             model,
             r=config.lora.r,
@@ -123,7 +129,11 @@ class Run:
             evaluation=evaluation,
             callbacks=self._callbacks(),
             stop_on_nan=config.train.stop_on_nan,
+            adapter_dtype=getattr(torch, config.lora.dtype),
+            offload_hidden_states=config.train.offload_hidden_states,
         )
+        if args.device.type == "cuda" and config.model.dtype == "bfloat16":
+            self._plan(trainer)
         # transformers adds it where its own progress bar is off; ours take its place.
         trainer.remove_callback(PrinterCallback)
         preview = Preview(self._console)
@@ -143,6 +153,16 @@ class Run:
         if args.should_save:
             self._folder.write_start(config, args.device, args.world_size)
         return trainer
+
+    def _plan(self, trainer: SftTrainer) -> None:
+        """Say what the run should take, and have its line show it beside what it takes."""
+        try:
+            plan = planned(self._config)
+        except OctavoError as error:
+            say(self._console, f"no plan of the memory: {error}")
+            return
+        trainer.meter.plan = plan.allocated
+        say(self._console, f"planned peak {plan.peak / GB:.2f} GB, in {plan.moment}; `octavo plan` shows its terms")
 
     def train(self) -> RunResult:
         """Train, and write the adapter unless interrupted. A run that is finished already stays as it is."""
@@ -214,6 +234,13 @@ def _require_reporter(config: SftConfig) -> None:
     name = config.train.report_to
     if name != "none" and find_spec(name) is None:
         raise ConfigError(f"`train.report_to: {name}` needs the package of that name. Run: pip install {name}")
+
+
+def _require_optimizer(config: SftConfig) -> None:
+    if config.train.optimizer == "adamw_8bit" and find_spec("torchao") is None:
+        raise ConfigError(
+            "`train.optimizer: adamw_8bit` is torchao's, which is not installed. Run: pip install 'octavo[adamw8bit]'"
+        )
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase, train: Examples, loss: Loss, config: SftConfig) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from octavo.errors import ConfigError, OctavoError
 from octavo.train.data import Examples
 from octavo.train.example import IGNORED
 from octavo.train.meter import Meter
+from octavo.train.offload import HiddenStatesOnHost
 
 
 class TrainingError(OctavoError):
@@ -57,6 +59,8 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
         evaluation: Examples | None,
         callbacks: Sequence[TrainerCallback] = (),
         stop_on_nan: bool = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        offload_hidden_states: bool = False,
     ) -> None:
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
@@ -70,6 +74,11 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+        self._adapter_dtype = adapter_dtype
+        _cast_adapters(self.model, adapter_dtype)
+        self._offload: HiddenStatesOnHost | None = None
+        if offload_hidden_states:
+            self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)
         self.meter = Meter(self.model)
         self.add_callback(self.meter)
 
@@ -114,6 +123,21 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self.preparations[dataset_name] = Preparation(examples, truncated, dropped, len(prepared), tokens, counted)
         return prepared
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Load the adapter's state; peft widens to float32 what it loads."""
+        super()._load_from_checkpoint(*args, **kwargs)
+        _cast_adapters(self.model, self._adapter_dtype)
+
+    def _load_best_model(self) -> None:
+        """The same at the end of a run that stops early."""
+        super()._load_best_model()
+        _cast_adapters(self.model, self._adapter_dtype)
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """trl's loss, with hidden states leaving for the host as they are kept if that was asked for."""
+        with self._offload if self._offload is not None and model.training else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; stops before the optimizer takes a loss that is not finite."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -133,6 +157,13 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
         if "loss" in logs:
             logs.update(self.meter.read())
         super().log(logs, start_time)
+
+
+def _cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give LoRA factors their dtype; peft made them in float32. What is trained in full keeps its own."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _labels(dataset: datasets.Dataset) -> Iterator[list[int]]:
