@@ -82,7 +82,8 @@ def test_metadata_names_no_index():
         assert not re.search(r"--(extra-)?index-url|--find-links|https?://", (ROOT / file).read_text()), file
 
 
-# triton and cuda (cuda-bindings) come with torch's builds for GPUs; torchao is an extra of its own, whose absence is told
+# triton and cuda (cuda-bindings) come with torch's builds for GPUs; torchao is an extra of its own, whose absence is
+# told
 GIVEN = sys.stdlib_module_names | {"octavo", "triton", "cuda", "torchao"}
 
 

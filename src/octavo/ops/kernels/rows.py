@@ -248,7 +248,7 @@ def round_rows(
     if num_rows == 0:
         return rounded
     num_experts = 1 if offsets_E is None else offsets_E.shape[0]
-    cut = cut or Cut(max(1, min(4, 16384 // block)), 0, 8 if block >= 4096 else 4)
+    cut = cut or Cut(max(1, min(4, 16384 // block)), 0, 4)
     grid = ceil_div(num_rows, cut.rows) + (0 if offsets_E is None else num_experts)
     round_kernel[(grid,)](
         x, token_M, offsets_E, fold_EK, rounded.codes, rounded.scales, num_rows, K=cols, E=num_experts,
