@@ -28,6 +28,7 @@ VERBS = {
     "demo": Verb("octavo.cli.demo", "Fine-tune the small FP8 model that ships with octavo, and show that it learned."),
     "inspect": Verb("octavo.cli.inspect", "Show a checkpoint's format, layers and sizes, from its headers alone."),
     "sft": Verb("octavo.cli.sft", "Fine-tune a model on examples, as a YAML file says."),
+    "grpo": Verb("octavo.cli.grpo", "Train a model on rewards (GRPO), as a YAML file says."),
     "doctor": Verb("octavo.cli.doctor", "Show what this machine can run, and test that it computes the right thing."),
     "bench": Verb("octavo.cli.bench", "Time one MoE layer on this machine beside its baselines."),
     "chat": Verb("octavo.cli.chat", "Talk to a model with its trained adapter."),
