@@ -1,8 +1,10 @@
 """``octavo grpo`` from configuration to adapter."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,6 +18,7 @@ from octavo.train.preview import Preview, say
 from octavo.train.prompts import Prompts, load_prompts
 from octavo.train.proof import GradientProofCallback, ProofReport
 from octavo.train.rewards import load_rewards
+from octavo.train.rollout.vllm import SamplingParameters, VllmServer
 
 
 def grpo(config: GrpoConfig, console: Console, *, dry_run: bool = False) -> RunResult:
@@ -63,6 +66,7 @@ class GrpoRun(BaseRun):
             rewards=self.rewards,
             rollout=config.rollout,
             completions=self._completions,
+            make_sampler=None if config.rollout.server is None else self._make_server,
             callbacks=self._callbacks(),
             stop_on_nan=config.train.stop_on_nan,
         )
@@ -80,6 +84,23 @@ class GrpoRun(BaseRun):
         )
         for section, reward in zip(config.rewards, self.rewards, strict=True):
             say(self._console, f"reward {reward.__name__}: {section.function}, weight {section.weight}")
+
+    def _make_server(self, trainer: GrpoTrainer) -> VllmServer:
+        config, rollout = self._config, self._config.rollout
+        assert rollout.server is not None
+        return VllmServer(
+            rollout.server,
+            run=self._folder.path.name,
+            folder=Path(rollout.adapters).expanduser().absolute()
+            if rollout.adapters
+            else self._folder.path / "rollout",
+            base_model=config.model.path,
+            dtype=getattr(torch, config.model.dtype),
+            parameters=SamplingParameters(rollout.max_new_tokens, rollout.temperature, tuple(trainer.eos_token_ids)),
+            timeout=rollout.server_timeout,
+            main=trainer.accelerator.is_main_process,
+            wait=trainer.accelerator.wait_for_everyone,
+        )
 
     def _proof(self, report: Callable[[ProofReport], None]) -> GradientProofCallback:
         return _ProofWithSignal(report, lambda: self.trainer.has_signal())

@@ -44,6 +44,9 @@ class RolloutSection(Section):
     server: str | None = Field(
         None, description="Sample on a vLLM server at this address, such as http://localhost:8000, not in this process."
     )
+    adapters: str | None = Field(
+        None, min_length=1, description="Folder in which the server finds adapters; `rollout` in `out` unless given."
+    )
     server_timeout: float = Field(600.0, gt=0, description="Seconds that an answer of the server may take.")
     stop_mean: float | None = Field(
         0.1, gt=0, description="Stop where training and sampler differ by more nats per token on average; null: never."
