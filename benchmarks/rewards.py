@@ -63,7 +63,7 @@ def config(checkpoint: Path, data: Path, out: Path, *, seed: int, steps: int) ->
             "prompts": 8,
             "completions": 8,
             "batch_size": 64,
-            "lr": 1e-3,
+            "lr": 2e-3,
             "scheduler": "constant",
             "warmup": 0,
             "seed": seed,
@@ -99,7 +99,7 @@ def measure(checkpoint: Path, *, seed: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Write ``rewards.json`` and ``rewards.png``; fail where a reward did not rise by the factor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()

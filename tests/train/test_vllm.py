@@ -1,4 +1,4 @@
-"""Rollouts by a server that speaks the protocol of vLLM: only the adapter moves, and training agrees with its samples."""
+"""Rollouts by a server that speaks vLLM's protocol: only the adapter moves, and training agrees with its samples."""
 
 import json
 
