@@ -55,8 +55,8 @@ class SamplingParameters:
 
 
 class VllmServer:
-    """A `Sampler` over one server. Each synchronisation loads an adapter of a new name, so no cached prefix of an older
-    one is used, and unloads the one before.
+    """A `Sampler` over one server. Each synchronisation loads an adapter under a new name, so that no cached prefix of
+    an older one is used.
     """
 
     def __init__(
@@ -92,19 +92,20 @@ class VllmServer:
                     self._unload(name)
 
     def synchronize(self, model: Any, step: int) -> Synchronization:
-        """Write the adapter, have it loaded, and unload the one before; bytes of the files and of the requests."""
+        """Unload the adapter before, write this one and have it loaded; bytes of its files and of the requests."""
         began = time.perf_counter()
         before, self._name = self._name, f"{self._prefix}{step}"
         # Collected by all ranks, where factors are sharded.
         pairs = adapter_pairs(model)
         moved = 0
         if self._main:
-            folder = self._folder / self._name
-            moved = write_adapter(pairs, folder, base_model=self._base_model, dtype=self._dtype)
-            moved += self._load(self._name, folder)
             if before is not None:
+                # First, because a server with room for one adapter would drop it by itself, and then refuse to.
                 moved += self._unload(before)
                 shutil.rmtree(self._folder / before, ignore_errors=True)
+            folder = self._folder / self._name
+            moved += write_adapter(pairs, folder, base_model=self._base_model, dtype=self._dtype)
+            moved += self._load(self._name, folder)
         else:
             for _ in pairs:
                 pass
