@@ -1,6 +1,8 @@
 """``octavo grpo`` from a configuration to an adapter."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +16,14 @@ import octavo
 from octavo.cli.main import app
 from octavo.errors import ConfigError
 from octavo.train.agreement import AgreementError
-from octavo.train.config import read_config
+from octavo.train.config import check_config, read_config
 from octavo.train.grpo_config import GrpoConfig
 from octavo.train.metrics import read_metrics
 
 from .grpo_runs import prompts, run, tree
 from .tiny import Screen, byte_tokenizer, tiny_config, write_jsonl
 
+ROOT = Path(__file__).parents[2]
 WORDS = ("river", "chair", "walk", "paint", "stone", "hammer", "love", "fish", "call", "mark", "cook", "play")
 
 
@@ -133,6 +136,31 @@ def test_several_steps_on_the_same_completions(tmp_path, checkpoint, questions):
     assert ["agreement_worst" in record for record in records] == [True, False, True, False]
     assert all(record["agreement_worst"] < 1e-4 for record in records if "agreement_worst" in record)
     assert max(record["clip_ratio"] for record in records) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_log_probabilities_are_at_the_sampling_temperature(tmp_path, dtype):
+    """On a model whose logits differ: one that is sampled at 0.5 and scored at 1 is 0.4 nats apart."""
+    words = write_jsonl(tmp_path / "words.jsonl", [{"prompt": f"{word},"} for word in WORDS])
+    changed = tree(octavo.demo.checkpoint("dense-tiny"), words, tmp_path / "run", steps=2, router_aux_loss=None)
+    changed["model"]["dtype"] = dtype
+    changed["rollout"] |= {"temperature": 0.5}
+    changed["train"] |= {"precision": "bf16" if dtype == "bfloat16" else "float32"}
+    run(**changed)
+    # bfloat16 has 8 bits of mantissa, and logits of 10 are rounded by 0.03.
+    limit = 1e-4 if dtype == "float32" else 0.05
+    assert all(apart < limit for apart in metrics(tmp_path / "run", "agreement_mean"))
+
+
+def test_the_documented_configuration_is_one():
+    text = (ROOT / "docs" / "grpo.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    config = check_config(GrpoConfig, yaml.safe_load(block))
+    assert [reward.function for reward in config.rewards] == ["exact_match", "format", "my_rewards.py:short_enough"]
+    (function,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(function, names)
+    assert names["short_enough"](["a", "b" * 300]) == [1, 0]
 
 
 def test_rewards_are_weighed_and_see_the_columns(tmp_path, checkpoint, questions):
