@@ -1,4 +1,4 @@
-"""How far training and sampler are apart, by the numerics of each, on the small real models in bfloat16.
+"""How far training and sampler are apart, by the numerics of each, on the small real models.
 
 python -m benchmarks.agreement --out docs
 
@@ -26,8 +26,11 @@ from octavo.train.grpo import grpo
 from octavo.train.grpo_config import GrpoConfig
 from octavo.train.metrics import read_metrics
 
+# Whether there are experts to replay.
 MODELS = {"glm-tiny": True, "qwen-tiny": True, "dense-tiny": False}
 NUMERICS = ("exact", "fp8")
+# Whether replay is measured too.
+DTYPES = {"bfloat16": True, "float32": False}
 
 
 def measure(name: str, *, training: str, sampler: str, replay: bool, dtype: str) -> dict[str, Any]:
@@ -54,22 +57,27 @@ def measure(name: str, *, training: str, sampler: str, replay: bool, dtype: str)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for name, has_experts in MODELS.items():
-        for training in NUMERICS:
-            for sampler in NUMERICS:
-                for replay in (False, True) if has_experts else (False,):
-                    row = measure(name, training=training, sampler=sampler, replay=replay, dtype="bfloat16")
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
+    path = arguments.out / "agreement.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for name in arguments.models:
+        for dtype in arguments.dtypes:
+            rows = [row for row in rows if (row["model"], row["dtype"]) != (name, dtype)]
+            for training in NUMERICS:
+                for sampler in NUMERICS:
+                    for replay in (False, True) if MODELS[name] and DTYPES[dtype] else (False,):
+                        row = measure(name, training=training, sampler=sampler, replay=replay, dtype=dtype)
+                        rows.append(row)
+                        print(json.dumps(row), flush=True)
     found = {
         "rows": rows,
         "device": f"one core of {platform.processor() or platform.machine()}",
         "versions": {package: version(package) for package in ("torch", "transformers", "peft", "trl")},
     }
-    (arguments.out / "agreement.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
