@@ -1,4 +1,4 @@
-"""Load a checkpoint with the layer shapes of Qwen3-30B-A3B and train one step on it: seconds and peak memory.
+"""Load a checkpoint with the layer shapes of Qwen3-Coder-30B-A3B and train one step on it: seconds and peak memory.
 
 python -m benchmarks --layers 4 --tokens 2048 --json result.json
 
@@ -25,7 +25,7 @@ import peft
 import torch
 
 import octavo
-from benchmarks.checkpoints import write_qwen3
+from benchmarks.checkpoints import write
 from octavo.checkpoint.values import check_codes, check_scales
 from octavo.nn.experts import Float8Experts
 from octavo.nn.linear import Float8Linear
@@ -162,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own, or the memory that it gives back would hide what loading takes.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            size = pool.apply(write_qwen3, (Path(folder), args.layers))
+            size = pool.apply(write, ("qwen3-coder", Path(folder)), {"layers": args.layers})
         found = measure(Path(folder), size, args)
     show(found)
     if args.json:

@@ -20,9 +20,11 @@ MAY_IMPORT = {
     "bench": {"ops", "formats", "checkpoint"},
     "doctor": {"bench", "ops", "formats", "checkpoint"},
     "integrations": {"nn", "ops", "formats", "checkpoint"},
-    "train": {"integrations", "nn", "ops", "formats", "checkpoint"},
+    "plan": {"integrations", "nn", "ops", "formats", "checkpoint"},
+    "train": {"plan", "integrations", "nn", "ops", "formats", "checkpoint"},
+    "trial": {"train", "plan", "integrations", "nn", "ops", "formats", "checkpoint"},
     "demo": {"train", "integrations", "nn", "ops", "formats", "checkpoint"},
-    "cli": {"bench", "doctor", "demo", "train", "integrations", "nn", "ops", "formats", "checkpoint"},
+    "cli": {"bench", "trial", "doctor", "demo", "plan", "train", "integrations", "nn", "ops", "formats", "checkpoint"},
 }
 # Third-party packages of the layers below the integrations.
 NEEDS_ONLY = {

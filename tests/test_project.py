@@ -82,8 +82,8 @@ def test_metadata_names_no_index():
         assert not re.search(r"--(extra-)?index-url|--find-links|https?://", (ROOT / file).read_text()), file
 
 
-# triton and cuda (cuda-bindings) come with torch's builds for GPUs
-GIVEN = sys.stdlib_module_names | {"octavo", "triton", "cuda"}
+# triton and cuda (cuda-bindings) come with torch's builds for GPUs; torchao is an extra of its own, whose absence is told
+GIVEN = sys.stdlib_module_names | {"octavo", "triton", "cuda", "torchao"}
 
 
 def test_source_imports_only_what_is_declared():
@@ -91,12 +91,11 @@ def test_source_imports_only_what_is_declared():
     train = CORE | requirements(EXTRAS["train"])
     undeclared = []
     for path in sorted((ROOT / "src" / "octavo").rglob("*.py")):
-        declared = train if {"train", "demo", "cli"} & set(path.parts) else CORE
+        declared = train if {"train", "trial", "demo", "cli"} & set(path.parts) else CORE
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            # triton comes with torch, where there is one.
             for top in {name.split(".")[0] for name in names} - GIVEN:
                 if canonicalize_name(DISTRIBUTION.get(top, top)) not in declared:
                     undeclared.append(f"{path.name}:{node.lineno} {top}")

@@ -60,6 +60,9 @@ def test_an_unknown_key_is_refused_by_name_with_a_suggestion(changes, key, sugge
         ({"train": {"eval_every": 5}}, "`train.eval_every` needs `data.eval`"),
         ({"train": {"early_stopping": 2}}, "`early_stopping` needs `eval_every`"),
         ({"train": {"early_stopping": 2, "eval_every": 2, "save_every": 3}}, "multiple of `eval_every`"),
+        ({"lora": {"dtype": "bfloat16"}}, "`lora.dtype: bfloat16` with `train.optimizer: adamw` would round away"),
+        ({"train": {"offload_hidden_states": True, "gradient_checkpointing": "none"}}, "moves what gradient"),
+        ({"model": {"path": "x", "attention": "flash"}}, "`model.attention` is 'flash'"),
         ({"out": None}, "`out` is None"),
     ],
 )

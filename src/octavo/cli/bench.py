@@ -1,4 +1,4 @@
-"""``octavo bench layer``."""
+"""``octavo bench layer`` and ``octavo bench model``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from octavo.cli.trial import trial
+
 if TYPE_CHECKING:
     from octavo.bench.run import Measured
     from octavo.bench.shapes import LayerShape
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
 _SIZES = ("experts", "top_k", "hidden", "intermediate")
 
 
-def bench(
-    what: Annotated[Literal["layer"], typer.Argument(help="What to measure: one MoE layer.")],
+bench = typer.Typer(no_args_is_help=True, add_completion=False)
+bench.command("model")(trial)
+
+
+@bench.command("layer")
+def layer(
     model: Annotated[
         str | None, typer.Option(help="Take the sizes of this checkpoint: a folder, a cached hub id, glm or qwen3.")
     ] = None,

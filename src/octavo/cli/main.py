@@ -27,10 +27,11 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb("octavo.cli.demo", "Fine-tune the small FP8 model that ships with octavo, and show that it learned."),
     "inspect": Verb("octavo.cli.inspect", "Show a checkpoint's format, layers and sizes, from its headers alone."),
+    "plan": Verb("octavo.cli.plan", "Plan the memory of a run by term, and what to change where it does not fit."),
     "sft": Verb("octavo.cli.sft", "Fine-tune a model on examples, as a YAML file says."),
     "grpo": Verb("octavo.cli.grpo", "Train a model on rewards (GRPO), as a YAML file says."),
     "doctor": Verb("octavo.cli.doctor", "Show what this machine can run, and test that it computes the right thing."),
-    "bench": Verb("octavo.cli.bench", "Time one MoE layer on this machine beside its baselines."),
+    "bench": Verb("octavo.cli.bench", "Measure a layer, or whole training steps, beside their baselines."),
     "chat": Verb("octavo.cli.chat", "Talk to a model with its trained adapter."),
 }
 
@@ -85,8 +86,12 @@ class LazyGroup(TyperGroup):
 
 def load(name: str) -> ClickCommand:
     """The command of the verb ``name``, its module imported."""
+    verb = getattr(import_module(VERBS[name].module), name)
+    if isinstance(verb, typer.Typer):
+        # Several commands under one verb.
+        return typer.main.get_command(verb)
     single = typer.Typer(add_completion=False)
-    single.command(name)(getattr(import_module(VERBS[name].module), name))
+    single.command(name)(verb)
     return typer.main.get_command(single)
 
 

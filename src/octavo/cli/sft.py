@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from octavo.cli.memory import let_segments_grow
 from octavo.train.config import load_config
 from octavo.train.outcome import as_json, farewell
 
@@ -28,6 +29,7 @@ def sft(
     The same command runs under torchrun and accelerate launch. Ctrl-C saves a checkpoint, and the same command resumes.
     """
     run = load_config(config, overrides or ())
+    let_segments_grow()
     # Imported after the configuration was found good: an error in it should not wait for torch.
     from octavo.train.run import sft as train
 

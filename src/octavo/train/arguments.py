@@ -11,7 +11,7 @@ from octavo.train.config import OptimizationSection, SftConfig
 from octavo.train.data import Loss
 from octavo.train.grpo_config import GrpoConfig
 
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # An interval that no run reaches: trl then evaluates and saves at the last step only.
 _AT_THE_END = 10**9
@@ -36,6 +36,8 @@ def _common(train: OptimizationSection, out: Path) -> dict[str, Any]:
         "lr_scheduler_type": _SCHEDULERS[train.scheduler],
         "warmup_steps": _warmup(train),
         "optim": _OPTIMIZERS[train.optimizer],
+        # Rounds updates of bfloat16 parameters stochastically, and leaves float32 ones alone.
+        "optim_args": "bf16_stochastic_round=True" if train.optimizer == "adamw_8bit" else None,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "router_aux_loss_coef": train.router_aux_loss,

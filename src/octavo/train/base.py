@@ -85,6 +85,7 @@ class BaseRun(ABC):
         self._interrupt = SaveOnInterrupt()
         self._adapter: Path | None = None
         _require_reporter(train)
+        _require_optimizer(train)
         self._folder = RunFolder(config.out)
         self._checkpoint = self._folder.checkpoint(train.resume)
 
@@ -101,6 +102,7 @@ class BaseRun(ABC):
             engine=config.model.engine,
             dtype=getattr(torch, config.model.dtype),
             revision=config.model.revision,
+            attn_implementation=None if config.model.attention == "auto" else config.model.attention,
         )
         lora = adapter_config(model, config.lora)
         return model, lora, rehearse(model, lora).named
@@ -199,6 +201,13 @@ def _require_reporter(train: OptimizationSection) -> None:
     name = train.report_to
     if name != "none" and find_spec(name) is None:
         raise ConfigError(f"`train.report_to: {name}` needs the package of that name. Run: pip install {name}")
+
+
+def _require_optimizer(train: OptimizationSection) -> None:
+    if train.optimizer == "adamw_8bit" and find_spec("torchao") is None:
+        raise ConfigError(
+            "`train.optimizer: adamw_8bit` is torchao's, which is not installed. Run: pip install 'octavo[adamw8bit]'"
+        )
 
 
 @contextmanager

@@ -33,6 +33,9 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "warmup_steps": ("train.warmup",),
     "warmup_ratio": ("train.warmup",),
     "optim": ("train.optimizer",),
+    "attn_implementation": ("model.attention",),
+    "activation_offloading": ("train.offload_hidden_states",),
+    "autocast_adapter_dtype": ("lora.dtype",),
     "save_steps": ("train.save_every",),
     "eval_steps": ("train.eval_every",),
     "early_stopping_patience": ("train.early_stopping",),
@@ -67,6 +70,10 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Dtype of everything that is not FP8.")
     numerics: Literal["exact", "fp8_grad", "fp8"] = Field("exact", description="Arithmetic of the FP8 products.")
     engine: str = Field("auto", min_length=1, description="How the products are computed; `auto` picks and says so.")
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto",
+        description="How attention is computed; `auto`: as transformers chooses, and without a mask in packed rows.",
+    )
 
 
 class LoraSection(Section):
@@ -85,6 +92,9 @@ class LoraSection(Section):
     trainable_tokens: tuple[int, ...] = Field((), description="Ids of tokens whose embeddings are trained in full.")
     init: Literal["default", "gaussian"] = Field(
         "default", description="How A is drawn, uniform or not; B starts at 0."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of the adapters; bfloat16 halves them and needs `train.optimizer: adamw_8bit`."
     )
 
 
@@ -125,7 +135,9 @@ class OptimizationSection(Section):
     lr: float = Field(2e-4, gt=0, lt=10, description="Learning rate at its highest.")
     scheduler: Literal["linear", "cosine", "constant"] = Field("cosine", description="What it does after warm-up.")
     warmup: float = Field(0.03, ge=0, description="Warm-up: a share of all steps below 1, else a number of steps.")
-    optimizer: Literal["adamw", "adafactor", "sgd"] = Field("adamw", description="Optimizer.")
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = Field(
+        "adamw", description="Optimizer; `adamw_8bit` is torchao's, with states of 8 bits and stochastic rounding."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 clips nothing.")
     router_aux_loss: float | None = Field(
@@ -134,6 +146,9 @@ class OptimizationSection(Section):
     seed: int = Field(0, ge=0, description="Seed of adapters, order and dropout.")
     gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
         "non_reentrant", description="Recompute activations in the backward pass."
+    )
+    offload_hidden_states: bool = Field(
+        False, description="Keep what gradient checkpointing keeps, a hidden state per layer, in pinned host memory."
     )
     precision: Literal["bf16", "float32"] = Field("bf16", description="Autocast to bfloat16, or no autocast.")
     logging_steps: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
@@ -149,6 +164,15 @@ class OptimizationSection(Section):
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` and `epochs` are both given; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_has_hidden_states(self) -> Self:
+        if self.offload_hidden_states and self.gradient_checkpointing == "none":
+            raise ValueError(
+                "`offload_hidden_states` moves what gradient checkpointing keeps, and `gradient_checkpointing` is "
+                "`none`; set it to `non_reentrant`"
+            )
         return self
 
 
@@ -210,6 +234,16 @@ class SftConfig(RunConfig):
     def _evaluation_has_data(self) -> Self:
         if self.train.eval_every is not None and self.data.eval is None and self.data.eval_fraction is None:
             raise ValueError("`train.eval_every` needs `data.eval` or `data.eval_fraction`")
+        return self
+
+    @model_validator(mode="after")
+    def _narrow_adapters_learn(self) -> Self:
+        if self.lora.dtype == "bfloat16" and self.train.optimizer != "adamw_8bit":
+            raise ValueError(
+                f"`lora.dtype: bfloat16` with `train.optimizer: {self.train.optimizer}` would round away updates below "
+                "1/256 of a weight; set `train.optimizer: adamw_8bit`, which rounds stochastically, or `lora.dtype: "
+                "float32`"
+            )
         return self
 
     def resolved(self) -> Self:

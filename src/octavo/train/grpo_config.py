@@ -119,6 +119,14 @@ class GrpoConfig(RunConfig):
         return value
 
     @model_validator(mode="after")
+    def _not_of_grpo(self) -> Self:
+        if self.lora.dtype != "float32":
+            raise ValueError("`lora.dtype` of GRPO is float32; leave it out")
+        if self.train.offload_hidden_states:
+            raise ValueError("`train.offload_hidden_states` is for `octavo sft`; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _replay_is_on_policy(self) -> Self:
         if self.rollout.replay and self.train.iterations > 1:
             raise ValueError(

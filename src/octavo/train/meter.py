@@ -19,6 +19,8 @@ class Meter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Measures optimizer steps from their first forward to their end; evaluation and saving are not in the time."""
 
     def __init__(self, model: nn.Module) -> None:
+        # Bytes that a plan gave for `peak_memory`, where there is one.
+        self.plan: int | None = None
         self._experts = ExpertTokens(model, padding=False)
         self._seconds = 0.0
         self._began = time.perf_counter()
@@ -41,7 +43,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
         ``expert_load``: the busiest expert's tokens over the mean, averaged over layers; 1 is even.
         ``expert_load_worst``: the same in the layer where it is largest.
-        ``peak_memory_gb``: of this rank, in units of 10^9 bytes.
+        ``peak_memory_gb``: of this rank, in units of 10^9 bytes; ``plan_gb``: what was planned for it.
         """
         tokens = torch.tensor(self._experts.tokens, device=_device())
         counts = [count.clone() for count in self._experts.counts.values()]
@@ -50,6 +52,8 @@ class Meter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             for value in (tokens, *counts):
                 dist.all_reduce(value)
         figures = {"peak_memory_gb": peak_memory() / GB}
+        if self.plan is not None:
+            figures["plan_gb"] = self.plan / GB
         if self._seconds > 0:
             figures["tokens_per_second"] = float(tokens) / self._seconds
         loads = [float(count.max() / count.double().mean()) for count in counts if count.any()]

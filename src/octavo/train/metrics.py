@@ -15,6 +15,7 @@ _NAMES = {
     "grad_norm": "grad_norm",
     "tokens_per_second": "tokens_per_second",
     "peak_memory_gb": "peak_memory_gb",
+    "plan_gb": "plan_gb",
     "expert_load": "expert_load",
     "expert_load_worst": "expert_load_worst",
     "mean_token_accuracy": "token_accuracy",

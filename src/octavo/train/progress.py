@@ -23,6 +23,7 @@ _SHOWN = (
     ("agreement_worst", "worst {:.3f} nats"),
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("peak_memory_gb", "peak {:.2f} GB"),
+    ("plan_gb", "planned {:.2f} GB"),
     ("expert_load", "expert load max/mean {:.2f}"),
 )
 

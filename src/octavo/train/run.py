@@ -1,16 +1,20 @@
 """``octavo sft`` from configuration to adapter."""
 
+import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback
 from trl.chat_template_utils import get_training_chat_template
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 from octavo.train.arguments import sft_arguments
 from octavo.train.base import BaseRun, load_tokenizer, quiet
 from octavo.train.config import SftConfig
 from octavo.train.data import Examples, Loss, counted_loss, load_data
+from octavo.train.meter import GB
 from octavo.train.outcome import RunResult
-from octavo.train.preview import Preview
+from octavo.train.packed import use_packed_attention
+from octavo.train.planned import planned
+from octavo.train.preview import Preview, say
 from octavo.train.trainer import SftTrainer
 
 __all__ = ["Run", "quiet", "sft"]
@@ -49,6 +53,8 @@ class Run(BaseRun):
         # First, because it joins the process group and picks this rank's device.
         args = sft_arguments(config, loss, evaluates=evaluation is not None)
         model, lora, announced = self._load(args)
+        if config.data.packing and config.model.attention == "auto":
+            use_packed_attention(model)
         self.trainer = SftTrainer(
             model=model,
             args=args,
@@ -58,12 +64,26 @@ class Run(BaseRun):
             evaluation=evaluation,
             callbacks=self._callbacks(),
             stop_on_nan=config.train.stop_on_nan,
+            adapter_dtype=getattr(torch, config.lora.dtype),
+            offload_hidden_states=config.train.offload_hidden_states,
         )
+        if args.device.type == "cuda" and config.model.dtype == "bfloat16":
+            self._plan(self.trainer)
         preview = Preview(self._console)
         preview.model(self.trainer.model)
         preview.adapter(self.trainer.model, lora, announced)
         preview.data(self.trainer.preparations, [train] if evaluation is None else [train, evaluation])
         preview.example(self.trainer.train_dataset[0], loss, self.tokenizer)
+
+    def _plan(self, trainer: SftTrainer) -> None:
+        """Say what the run should take, and have its line show it beside what it takes."""
+        try:
+            plan = planned(self._config)
+        except OctavoError as error:
+            say(self._console, f"no plan of the memory: {error}")
+            return
+        trainer.meter.plan = plan.allocated
+        say(self._console, f"planned peak {plan.peak / GB:.2f} GB, in {plan.moment}; `octavo plan` shows its terms")
 
     def _own_callbacks(self) -> list[TrainerCallback]:
         patience = self._config.train.early_stopping

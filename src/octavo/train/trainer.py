@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import torch
 import trl
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from octavo.errors import ConfigError
 from octavo.train.data import Examples
 from octavo.train.example import IGNORED
+from octavo.train.offload import HiddenStatesOnHost
 from octavo.train.watched import TrainingError, Watched
 
 __all__ = ["Preparation", "SftTrainer", "TrainingError"]
@@ -53,6 +56,8 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         evaluation: Examples | None,
         callbacks: Sequence[TrainerCallback] = (),
         stop_on_nan: bool = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        offload_hidden_states: bool = False,
     ) -> None:
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
@@ -65,6 +70,11 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+        self._adapter_dtype = adapter_dtype
+        _cast_adapters(self.model, adapter_dtype)
+        self._offload: HiddenStatesOnHost | None = None
+        if offload_hidden_states:
+            self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)
         self.watch(stop_on_nan=stop_on_nan)
 
     def _prepare_dataset(
@@ -107,6 +117,28 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         prepared = super()._prepare_dataset(full, processing_class, args, packing, formatting_func, dataset_name)
         self.preparations[dataset_name] = Preparation(examples, truncated, dropped, len(prepared), tokens, counted)
         return prepared
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Load the adapter's state; peft widens to float32 what it loads."""
+        super()._load_from_checkpoint(*args, **kwargs)
+        _cast_adapters(self.model, self._adapter_dtype)
+
+    def _load_best_model(self) -> None:
+        """The same at the end of a run that stops early."""
+        super()._load_best_model()
+        _cast_adapters(self.model, self._adapter_dtype)
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """trl's loss, with hidden states leaving for the host as they are kept if that was asked for."""
+        with self._offload if self._offload is not None and model.training else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
+
+def _cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give LoRA factors their dtype; peft made them in float32. What is trained in full keeps its own."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _labels(dataset: datasets.Dataset) -> Iterator[list[int]]:

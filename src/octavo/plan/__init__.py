@@ -1,0 +1,1 @@
+"""Memory of a run, planned from a config alone."""

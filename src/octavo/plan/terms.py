@@ -1,0 +1,261 @@
+"""Memory by term, the peak of a step, and what to change where it does not fit."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from octavo.integrations.lora_config import TARGETS
+from octavo.integrations.targets import find_weights
+from octavo.nn.experts import Float8Experts
+from octavo.nn.linear import Float8Linear
+from octavo.plan.rehearsal import LayerCost, layer_costs, layers_of
+from octavo.plan.skeleton import Adapters, bare_model, nbytes, trainable, with_adapters
+
+GB = 1e9
+# trl's output head works on tiles of tokens by vocabulary.
+_TILE = (4096, 32_768)
+# Bytes per token and hidden unit around the loss: hidden states compacted and normalised in bfloat16, the norm's input
+# in float32, and the gradients of the three in float32 and bfloat16.
+_AROUND_LOSS = 18
+# Share of what comes and goes that the allocator holds beyond it, with segments that grow.
+_SLACK = 0.03
+# torchao quantizes states of tensors from this size on, in blocks.
+_MIN_8BIT, _BLOCK_8BIT = 4096, 256
+# One-hot routing of the balancing loss: int64, its mask in int64, two products in float32.
+_AUX_BYTES = 24
+
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to be planned; names as in the configuration of ``octavo sft``."""
+
+    checkpoint: str | Path
+    adapters: Adapters = field(default_factory=Adapters)
+    batch: int = 1
+    seq: int = 2048
+    grad_accumulation: int = 1
+    optimizer: Optimizer = "adamw"
+    checkpointing: bool = True
+    offload_hidden_states: bool = False
+    router_aux_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by term at the peak of a step; ``moment`` says when that is."""
+
+    codes: int
+    scales: int
+    plain: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    kept: int
+    transient: int
+    loss: int
+    allocator: int
+    moment: str
+
+    @property
+    def loaded(self) -> int:
+        """After loading: codes, scales and what is not quantized."""
+        return self.codes + self.scales + self.plain
+
+    @property
+    def peak(self) -> int:
+        """Everything at once: what torch will have reserved."""
+        return sum(self.terms.values())
+
+    @property
+    def allocated(self) -> int:
+        """What tensors take of it."""
+        return self.peak - self.allocator
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change. ``says``: as a key and value of ``octavo sft``. ``saves``: bytes of the peak.
+
+    ``same_run``: what is trained, and on what, stays as it is.
+    """
+
+    says: str
+    saves: int
+    same_run: bool
+    request: Request = field(repr=False)
+
+
+class Planner:
+    """Plans of one checkpoint; the model is built once."""
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.checkpoint = checkpoint
+        self._bare: PreTrainedModel | None = None
+        self._costs: dict[object, tuple[list[LayerCost], list[tuple[int, ...]], list[int], tuple[int, int, int]]] = {}
+
+    def plan(self, request: Request) -> Plan:
+        """The peak of a step as ``request`` says.
+
+        Raises:
+            OctavoError: the checkpoint cannot be read, has no such layers, or cannot be rehearsed.
+        """
+        costs, shapes, per_layer, (codes, scales, plain) = self._measured(request)
+        config = self._model().config.get_text_config()
+        size, tokens = request.adapters.dtype.itemsize, request.batch * request.seq
+        hidden = tokens * config.hidden_size * 2
+        numel = [_numel(shape) for shape in shapes]
+        gradients, adapters = sum(numel) * size, sum(numel) * size
+        optimizer = sum(_state_bytes(request.optimizer, shape, size) for shape in shapes)
+        loss, kept_for_loss = _loss_bytes(request, config, tokens)
+        kept = _kept(request, costs, hidden)
+        moments = {"the loss": (sum(kept) + kept_for_loss, 0 if request.grad_accumulation == 1 else gradients, 0, loss)}
+        # Backward from the last layer to the first: less and less is kept, more and more gradients are there.
+        done = 0
+        for index in reversed(range(len(costs))):
+            done += per_layer[index] * size
+            there = gradients if request.grad_accumulation > 1 else done
+            moments[f"the backward pass of layer {index}"] = (
+                sum(kept[: index + 1]),
+                there,
+                costs[index].transient if request.checkpointing else costs[index].transient - costs[index].kept,
+                0,
+            )
+        moments["the optimizer's step"] = (0, gradients, 0, 0)
+        moment, (held, grads, transient, loss) = max(moments.items(), key=lambda item: sum(item[1]))
+        slack = round(_SLACK * (held + grads + transient + loss))
+        return Plan(
+            codes, scales, plain, adapters, optimizer, grads, held, max(0, transient), loss, slack, moment
+        )  # fmt: skip
+
+    def changes(self, request: Request) -> list[Change]:
+        """What would lower the peak: first what leaves the run as it is, then by how much."""
+        before = self.plan(request).peak
+        found = []
+        for says, same_run, changed in _alternatives(request, self._model()):
+            saves = before - self.plan(changed).peak
+            if saves > 0:
+                found.append(Change(says, saves, same_run, changed))
+        return sorted(found, key=lambda change: (not change.same_run, -change.saves))
+
+    def _model(self) -> PreTrainedModel:
+        if self._bare is None:
+            self._bare = bare_model(self.checkpoint)
+        return self._bare
+
+    def _measured(
+        self, request: Request
+    ) -> tuple[list[LayerCost], list[tuple[int, ...]], list[int], tuple[int, int, int]]:
+        key = (request.adapters, request.batch, request.seq)
+        if key not in self._costs:
+            model = self._model()
+            weights = _weights(model)
+            tuned = with_adapters(model, request.adapters)
+            try:
+                shapes = [tuple(parameter.shape) for _, _, parameter in trainable(tuned)]
+                per_layer = [sum(p.numel() for _, _, p in trainable(layer)) for layer in layers_of(model)]
+                costs = layer_costs(tuned, model, request.batch, request.seq)
+            finally:
+                # peft wraps in place.
+                self._bare = None
+            self._costs[key] = costs, shapes, per_layer, weights
+        return self._costs[key]
+
+
+def _weights(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Bytes of codes, of scales and of the rest, buffers included."""
+    codes, scales = [], []
+    for module in model.modules():
+        if isinstance(module, Float8Experts | Float8Linear):
+            names = module.experts_layout.names if isinstance(module, Float8Experts) else ("weight",)
+            codes += [module.get_parameter(name) for name in names]
+            scales += [module.get_parameter(name) for name in module.scale_names]
+    everything = nbytes([*model.parameters(), *model.buffers()])
+    return nbytes(codes), nbytes(scales), everything - nbytes(codes) - nbytes(scales)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _state_bytes(optimizer: Optimizer, shape: tuple[int, ...], size: int) -> int:
+    """Of one parameter with elements of ``size`` bytes."""
+    numel = _numel(shape)
+    if optimizer == "adamw":
+        return 2 * numel * size
+    if optimizer == "adafactor":
+        factored = sum(numel // extent for extent in shape[-2:]) if len(shape) >= 2 else numel
+        return 4 * factored
+    if optimizer == "sgd":
+        return 0
+    if numel < _MIN_8BIT or numel % _BLOCK_8BIT:
+        return 2 * numel * size
+    # A byte each, a float32 scale per block, and a table of 256 values.
+    return 2 * (numel + 4 * numel // _BLOCK_8BIT + 4 * 256)
+
+
+def _loss_bytes(request: Request, config: PretrainedConfig, tokens: int) -> tuple[int, int]:
+    """(what the loss takes while it is computed, what its router logits keep)."""
+    tile = min(tokens, _TILE[0]) * _TILE[1] * 2
+    loss = tile + _AROUND_LOSS * tokens * config.hidden_size
+    weight: float | None = request.router_aux_loss
+    if weight is None:
+        weight = getattr(config, "router_aux_loss_coef", None)
+    if not weight or not hasattr(config, "output_router_logits") or not hasattr(config, "num_experts"):
+        return loss, 0
+    pairs = config.num_hidden_layers * tokens * config.num_experts
+    return loss + _AUX_BYTES * pairs * config.num_experts_per_tok, 4 * pairs
+
+
+def _kept(request: Request, costs: list[LayerCost], hidden: int) -> list[int]:
+    """What each layer keeps until its backward pass."""
+    if not request.checkpointing:
+        return [cost.kept for cost in costs]
+    if not request.offload_hidden_states:
+        return [hidden] * len(costs)
+    # One that leaves, one that is used and one that comes back.
+    return [hidden * 3, *[0] * (len(costs) - 1)] if costs else []
+
+
+def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, bool, Request]]:
+    found: list[tuple[str, bool, Request]] = []
+
+    def offer(says: str, *, same_run: bool = False, **changes: object) -> None:
+        found.append((says, same_run, replace(request, **changes)))  # type: ignore[arg-type]
+
+    adapters = request.adapters
+    if not request.checkpointing:
+        offer("train.gradient_checkpointing: non_reentrant", same_run=True, checkpointing=True)
+    if request.checkpointing and not request.offload_hidden_states:
+        offer("train.offload_hidden_states: true", same_run=True, offload_hidden_states=True)
+    if request.optimizer != "adamw_8bit" or adapters.dtype != torch.bfloat16:
+        offer(
+            "train.optimizer: adamw_8bit and lora.dtype: bfloat16",
+            same_run=True,
+            optimizer="adamw_8bit",
+            adapters=replace(adapters, dtype=torch.bfloat16),
+        )
+    if request.batch > 1:
+        offer(f"train.batch_size: {request.batch // 2}", batch=request.batch // 2)
+    if request.seq >= 1024:
+        offer(f"data.max_length: {request.seq // 2}", seq=request.seq // 2)
+    if "experts" in adapters.targets and len(adapters.targets) > 1:
+        if (adapters.expert_rank or 0) > 1:
+            half = (adapters.expert_rank or 2) // 2
+            offer(f"lora.expert_rank: {half}", adapters=replace(adapters, expert_rank=half))
+        groups = {weight.group for weight in find_weights(model).values()}
+        rest = tuple(target for target in adapters.targets if target != "experts" and TARGETS[target] in groups)
+        offer(f"lora.targets: [{', '.join(rest)}]", adapters=replace(adapters, targets=rest))
+    config = model.config.get_text_config()
+    if request.router_aux_loss is None and getattr(config, "router_aux_loss_coef", None):
+        offer("train.router_aux_loss: 0", router_aux_loss=0.0)
+    return found

@@ -1,0 +1,236 @@
+"""A plan's terms against real tensors: weights, adapters, optimizer states, what a layer keeps; and the full sizes."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers.optimization import Adafactor
+from typer.testing import CliRunner
+
+import octavo
+import octavo.demo
+from benchmarks.checkpoints import quantization_config, resolve
+from octavo.cli.main import app
+from octavo.errors import ConfigError
+from octavo.nn.experts import Float8Experts
+from octavo.nn.linear import Float8Linear
+from octavo.plan.rehearsal import layer_costs, layers_of
+from octavo.plan.skeleton import Adapters, bare_model, with_adapters
+from octavo.plan.terms import Planner, Request, _state_bytes, _weights
+
+GB = 1e9
+SMALL = ["glm-tiny", "qwen-tiny"]
+FULL = {"glm": (32.55, 410e6, 47.25), "qwen3-coder": (31.2, 629e6, 46.35)}
+NARROW = Adapters(16, 16, targets=("attention", "experts"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=list(FULL))
+def planner(request, tmp_path_factory) -> Planner:
+    """Of a full-size model, from its config alone."""
+    kind = resolve(request.param)
+    folder = tmp_path_factory.mktemp("configs") / request.param
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**kind.sizes, "quantization_config": quantization_config(kind)}))
+    return Planner(folder)
+
+
+def real_bytes(model) -> tuple[int, int, int]:
+    """Of codes, scales and the rest, by dtype rather than by module."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    size = {
+        dtype: sum(t.numel() * t.element_size() for t in tensors if t.dtype == dtype)
+        for dtype in {t.dtype for t in tensors}
+    }
+    codes, scales = size.pop(torch.uint8), size.pop(torch.int32)
+    return codes, scales, sum(size.values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("headers", [True, False], ids=["headers", "config alone"])
+def test_weights_are_those_of_the_loaded_model(name, headers, tmp_path):
+    folder = octavo.demo.checkpoint(name)
+    if not headers:
+        (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    planned = _weights(bare_model(folder if headers else tmp_path))
+    real = real_bytes(octavo.load_model(folder))
+    assert planned[:2] == real[:2]
+    # Tables of frequencies are computed on loading, in another dtype than the model's.
+    assert planned[2] == pytest.approx(real[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "adamw_8bit"])
+def test_adapters_and_optimizer_states_are_those_of_a_step(name, optimizer):
+    folder = octavo.demo.checkpoint(name)
+    model = octavo.load_model(folder)
+    tuned = peft.get_peft_model(model, octavo.lora_config(model, r=8))
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    if optimizer == "adamw":
+        made = torch.optim.AdamW(parameters)
+    elif optimizer == "adafactor":
+        made = Adafactor(parameters, scale_parameter=False, relative_step=False, lr=1e-3)
+    elif optimizer == "sgd":
+        made = torch.optim.SGD(parameters, lr=1e-3)
+    else:
+        if find_spec("torchao") is None:
+            pytest.skip("torchao is optional")
+        from torchao.optim import AdamW8bit
+
+        made = AdamW8bit(parameters)
+        for parameter in parameters:
+            made.state[parameter] = {k: made._new_buffer(parameter, k == "m") for k in ("m", "v")}
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    if optimizer != "adamw_8bit":
+        made.step()
+
+    def size(tensor) -> int:
+        inner = getattr(tensor, "tensor_attrs", None)
+        return sum(size(getattr(tensor, n)) for n in inner) if inner else tensor.numel() * tensor.element_size()
+
+    # The count of steps and adafactor's own norm of a tensor are numbers.
+    real = sum(size(t) for held in made.state.values() for k, t in held.items() if torch.is_tensor(t) and t.numel() > 1)
+    planned = Planner(folder).plan(Request(folder, Adapters(8, None), optimizer=optimizer))
+    assert planned.adapters == sum(p.numel() * p.element_size() for p in parameters)
+    assert sum(_state_bytes(optimizer, tuple(p.shape), 4) for p in parameters) == planned.optimizer
+    assert planned.optimizer == pytest.approx(real, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_layers_keep_is_what_autograd_keeps(name, dtype):
+    """Measured on the real model: every storage that is saved for backward and is none of the parameters'."""
+    folder, seq = octavo.demo.checkpoint(name), 96
+    model = octavo.load_model(folder)
+    tuned = peft.get_peft_model(model, octavo.lora_config(model, r=8), autocast_adapter_dtype=False)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    tuned.train()
+    own = {t.untyped_storage().data_ptr() for t in [*tuned.parameters(), *tuned.buffers()]}
+    saved: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            # Held, so that no address is used twice.
+            saved[storage.data_ptr()] = storage.nbytes(), storage
+        return tensor
+
+    x_BSH = torch.randn(1, seq, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+        model.model(inputs_embeds=x_BSH, use_cache=False)
+    real = sum(size for size, _ in saved.values())
+    bare = bare_model(folder)
+    costs = layer_costs(with_adapters(bare, Adapters(8, None, dtype=dtype)), bare, 1, seq)
+    assert len(costs) == len(layers_of(model)) == model.config.num_hidden_layers
+    assert sum(cost.kept for cost in costs) == pytest.approx(real, rel=0.12)
+
+
+def test_full_sizes_are_those_computed_for_the_real_models(planner):
+    loaded, factors, long = FULL[Path(planner.checkpoint).name]
+    adapters = Adapters(16, 16, targets=("experts",), dtype=torch.bfloat16)
+    plan = planner.plan(Request(planner.checkpoint, adapters, optimizer="adamw_8bit"))
+    assert plan.loaded / GB == pytest.approx(loaded, abs=0.03)
+    assert plan.adapters / 2 == pytest.approx(factors, rel=0.01)
+    # Adapters, their gradients and two states of a byte each.
+    assert (2 * plan.adapters + plan.optimizer) == pytest.approx(6.03 * factors, rel=0.01)
+    wide = planner.plan(Request(planner.checkpoint, Adapters(16, 16, targets=("experts",))))
+    assert wide.adapters + wide.optimizer == pytest.approx(12 * factors, rel=0.01)
+    at_32k = planner.plan(Request(planner.checkpoint, NARROW, seq=32_768, optimizer="adamw_8bit"))
+    assert at_32k.peak / GB == pytest.approx(long, rel=0.03)
+    assert at_32k.kept / GB == pytest.approx(6.3, rel=0.03)
+
+
+def test_each_setting_moves_its_own_term(planner):
+    base = Request(planner.checkpoint, NARROW, seq=8192, optimizer="adamw_8bit")
+    plan = planner.plan(base)
+    from dataclasses import replace
+
+    offloaded = planner.plan(replace(base, offload_hidden_states=True))
+    assert offloaded.kept < plan.kept / 5
+    everything = planner.plan(replace(base, checkpointing=False))
+    assert everything.kept > 20 * plan.kept
+    accumulated = planner.plan(replace(base, grad_accumulation=4))
+    assert accumulated.peak > plan.peak
+    assert accumulated.gradients == accumulated.adapters
+    assert planner.plan(replace(base, seq=16_384)).peak > plan.peak
+    assert plan.codes == offloaded.codes == everything.codes
+
+
+def test_the_balancing_loss_of_a_long_row_is_seen(tmp_path):
+    kind = resolve("qwen3-coder").resized(router_aux_loss_coef=0.001)
+    (tmp_path / "config.json").write_text(json.dumps({**kind.sizes, "quantization_config": quantization_config(kind)}))
+    planner = Planner(tmp_path)
+    request = Request(tmp_path, NARROW, seq=32_768, optimizer="adamw_8bit")
+    plan = planner.plan(request)
+    # One-hot int64 alone: layers x tokens x experts per token x experts x 8 bytes.
+    assert plan.moment == "the loss"
+    assert plan.loss > 48 * 32_768 * 8 * 128 * 8
+    assert any("router_aux_loss" in change.says for change in planner.changes(request))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_changes_come_the_most_helpful_first_and_keep_their_word(name):
+    planner = Planner(octavo.demo.checkpoint(name))
+    request = Request(planner.checkpoint, Adapters(16, 16), batch=2, seq=4096)
+    before = planner.plan(request).peak
+    changes = planner.changes(request)
+    assert [c.same_run for c in changes] == sorted((c.same_run for c in changes), reverse=True)
+    for same_run in (True, False):
+        saved = [change.saves for change in changes if change.same_run is same_run]
+        assert saved == sorted(saved, reverse=True)
+    for change in changes:
+        assert planner.plan(change.request).peak == before - change.saves
+
+
+def test_the_command_says_what_fits_and_what_would(tmp_path):
+    kind = resolve("glm")
+    (tmp_path / "config.json").write_text(json.dumps({**kind.sizes, "quantization_config": quantization_config(kind)}))
+    arguments = ["plan", str(tmp_path), "--gpu", "40GB", "--seq", "4096", "--expert-rank", "16"]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert found["fits"] is False
+    assert found["peak_gb"] == pytest.approx(sum(found["terms_gb"].values()))
+    assert found["changes"][0]["same_run"]
+    narrow = ["--optimizer", "adamw_8bit", "--adapter-dtype", "bfloat16"]
+    found = json.loads(CliRunner().invoke(app, [*arguments, *narrow, "--json"]).stdout)
+    assert found["fits"] is True
+    text = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}).stdout
+    assert "does not fit in 40 GB" in text
+    assert "train.optimizer: adamw_8bit and lora.dtype: bfloat16" in text
+    assert "lora.targets: [attention, mlp, shared_experts]" in text
+
+
+@pytest.mark.parametrize(("text", "expected"), [("40GB", 40e9), ("24", 24e9), ("80 GiB", 80 * 2**30), ("1.5gb", 1.5e9)])
+def test_amounts_of_memory(text, expected):
+    from octavo.cli.plan import gpu_bytes
+
+    assert gpu_bytes(text) == expected
+
+
+def test_what_cannot_be_planned_is_said(tmp_path):
+    from octavo.cli.plan import gpu_bytes
+
+    for wrong in ("many", "0GB", "-4GB"):
+        with pytest.raises(ConfigError, match="no amount of memory"):
+            gpu_bytes(wrong)
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--json"])
+    assert result.exit_code == 1
+    assert "config.json" in json.loads(result.stdout)["error"]
+    config = json.loads((octavo.demo.checkpoint("glm-tiny") / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert CliRunner().invoke(app, ["plan", str(tmp_path)]).exit_code == 1
+
+
+def test_a_bfloat16_model_has_no_codes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(resolve("glm", tiny=True).sizes)))
+    planner = Planner(tmp_path)
+    plan = planner.plan(Request(tmp_path, Adapters(4, None)))
+    assert (plan.codes, plan.scales) == (0, 0)
+    model = bare_model(tmp_path)
+    assert not [m for m in model.modules() if isinstance(m, Float8Experts | Float8Linear)]
+    assert plan.plain >= sum(p.numel() * 2 for p in model.parameters())
