@@ -24,13 +24,14 @@ from torch import Tensor
 from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import quantize
 
-Arch = Literal["glm", "qwen", "deepseek_v3"]
+Arch = Literal["glm", "qwen", "deepseek_v3", "qwen3", "llama", "mistral", "glm4"]
 Layout = Literal[
     "ct-channel", "ct-tensor", "ct-block", "fp8-block", "fp8-tensor", "ue8m0", "modelopt", "fbgemm", "bf16"
 ]
 Files = Literal["one", "shuffled"]
 
 ARCHS: tuple[Arch, ...] = ("glm", "qwen", "deepseek_v3")
+DENSE_ARCHS: tuple[Arch, ...] = ("qwen3", "llama", "mistral", "glm4")
 # The six that the matrix names, and the others.
 LAYOUTS: tuple[Layout, ...] = ("ct-channel", "ct-tensor", "ct-block", "fp8-block", "fp8-tensor", "ue8m0")
 FURTHER_LAYOUTS: tuple[Layout, ...] = ("modelopt", "fbgemm")
@@ -50,6 +51,7 @@ SIZES = {
     "initializer_range": 0.05,
     "tie_word_embeddings": False,
 }
+MOE_SIZES = ("moe_intermediate_size", "num_experts_per_tok")
 # 512 + 64 rows of kv_a_proj_with_mqa are 4.5 blocks of 128, as in the real models.
 MLA = {
     "kv_lora_rank": 512,
@@ -255,8 +257,21 @@ def _model(arch: Arch, seed: int, sizes: tuple[tuple[str, Any], ...]) -> tuple[d
 
 
 def _config(arch: Arch, sizes: dict[str, Any]) -> Any:
-    from transformers import DeepseekV3Config, Glm4MoeLiteConfig, Qwen3MoeConfig
+    from transformers import (
+        DeepseekV3Config,
+        Glm4Config,
+        Glm4MoeLiteConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
+    dense = {"qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig, "glm4": Glm4Config}
+    if arch in dense:
+        own = {name: value for name, value in SIZES.items() if name not in MOE_SIZES}
+        # Glm4 pads with its config's token, and the real one is far past a tiny vocabulary.
+        return dense[arch](**{**own, "num_key_value_heads": 2, "head_dim": 48, "pad_token_id": 0, **sizes})
     if arch == "qwen":
         own = {
             "num_experts": 6,

@@ -51,7 +51,9 @@ def test_the_whole_demo_within_three_minutes(tmp_path, model):
 
 def test_models_are_found_by_name():
     assert (octavo.demo.checkpoint("qwen-tiny") / "model.safetensors").is_file()
-    with pytest.raises(CheckpointError, match="No model named 'other' ships with octavo; there is glm-tiny, qwen-tiny"):
+    with pytest.raises(
+        CheckpointError, match="No model named 'other' ships with octavo; there is dense-tiny, glm-tiny, qwen-tiny"
+    ):
         octavo.demo.checkpoint("other")
 
 

@@ -29,6 +29,7 @@ VERBS = {
     "inspect": Verb("octavo.cli.inspect", "Show a checkpoint's format, layers and sizes, from its headers alone."),
     "plan": Verb("octavo.cli.plan", "Plan the memory of a run by term, and what to change where it does not fit."),
     "sft": Verb("octavo.cli.sft", "Fine-tune a model on examples, as a YAML file says."),
+    "grpo": Verb("octavo.cli.grpo", "Train a model on rewards (GRPO), as a YAML file says."),
     "doctor": Verb("octavo.cli.doctor", "Show what this machine can run, and test that it computes the right thing."),
     "bench": Verb("octavo.cli.bench", "Measure a layer, or whole training steps, beside their baselines."),
     "chat": Verb("octavo.cli.chat", "Talk to a model with its trained adapter."),

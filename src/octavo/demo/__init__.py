@@ -10,7 +10,8 @@ _HERE = Path(str(files("octavo.demo")))
 
 
 def checkpoint(name: str = "glm-tiny") -> Path:
-    """The folder of a shipped model: ``glm-tiny`` (a scale per channel) or ``qwen-tiny`` (128×128 blocks).
+    """The folder of a shipped model: ``glm-tiny`` (a scale per channel) and ``qwen-tiny`` (128×128 blocks) are mixtures
+    of experts, ``dense-tiny`` (128×128 blocks) is not.
 
     Raises:
         CheckpointError: there is no model of that name.

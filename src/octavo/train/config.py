@@ -1,9 +1,9 @@
-"""The YAML a person writes for ``octavo sft``: keys, ranges and defaults, checked before anything is loaded."""
+"""The YAML a person writes for a run: keys, ranges and defaults, checked before anything is loaded."""
 
 import difflib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,45 +13,56 @@ from octavo.errors import ConfigError
 Target = Literal["attention", "mlp", "shared_experts", "experts"]
 
 # What other trainers call it, where difflib would not find it.
-_OTHER_NAMES = {
-    "learning_rate": "train.lr",
-    "per_device_train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.grad_accumulation",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "lr_scheduler_type": "train.scheduler",
-    "warmup_steps": "train.warmup",
-    "warmup_ratio": "train.warmup",
-    "optim": "train.optimizer",
-    "attn_implementation": "model.attention",
-    "activation_offloading": "train.offload_hidden_states",
-    "autocast_adapter_dtype": "lora.dtype",
-    "save_steps": "train.save_every",
-    "eval_steps": "train.eval_every",
-    "early_stopping_patience": "train.early_stopping",
-    "bf16": "train.precision",
-    "router_aux_loss_coef": "train.router_aux_loss",
-    "resume_from_checkpoint": "train.resume",
-    "model_name_or_path": "model.path",
-    "base_model": "model.path",
-    "torch_dtype": "model.dtype",
-    "lora_r": "lora.r",
-    "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "target_modules": "lora.targets",
-    "max_seq_length": "data.max_length",
-    "dataset": "data.train",
-    "output_dir": "out",
+_OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "learning_rate": ("train.lr",),
+    "per_device_train_batch_size": ("train.batch_size",),
+    "gradient_accumulation_steps": ("train.grad_accumulation",),
+    "num_train_epochs": ("train.epochs",),
+    "num_epochs": ("train.epochs",),
+    "num_generations": ("train.completions",),
+    "max_completion_length": ("rollout.max_new_tokens",),
+    "max_new_tokens": ("rollout.max_new_tokens",),
+    "reward_funcs": ("rewards",),
+    "reward_functions": ("rewards",),
+    "num_iterations": ("train.iterations",),
+    "epsilon": ("train.clip",),
+    "kl_coef": ("train.beta",),
+    "use_vllm": ("rollout.server",),
+    "max_steps": ("train.steps",),
+    "lr_scheduler_type": ("train.scheduler",),
+    "warmup_steps": ("train.warmup",),
+    "warmup_ratio": ("train.warmup",),
+    "optim": ("train.optimizer",),
+    "attn_implementation": ("model.attention",),
+    "activation_offloading": ("train.offload_hidden_states",),
+    "autocast_adapter_dtype": ("lora.dtype",),
+    "save_steps": ("train.save_every",),
+    "eval_steps": ("train.eval_every",),
+    "early_stopping_patience": ("train.early_stopping",),
+    "bf16": ("train.precision",),
+    "router_aux_loss_coef": ("train.router_aux_loss",),
+    "resume_from_checkpoint": ("train.resume",),
+    "model_name_or_path": ("model.path",),
+    "base_model": ("model.path",),
+    "torch_dtype": ("model.dtype",),
+    "lora_r": ("lora.r",),
+    "rank": ("lora.r",),
+    "lora_alpha": ("lora.alpha",),
+    "lora_dropout": ("lora.dropout",),
+    "target_modules": ("lora.targets",),
+    "max_seq_length": ("data.max_length",),
+    "dataset": ("data.train",),
+    "output_dir": ("out",),
 }
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration: its keys are known, and its values do not change."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which checkpoint is loaded, and how it computes."""
 
     path: str = Field(min_length=1, description="Folder of a checkpoint, or a hub id.")
@@ -65,7 +76,7 @@ class ModelSection(_Section):
     )
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """What is trained."""
 
     r: int = Field(16, ge=1, description="Rank.")
@@ -87,7 +98,7 @@ class LoraSection(_Section):
     )
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """What it is trained on."""
 
     train: str = Field(min_length=1, description="A .jsonl or .parquet file, or a hub id.")
@@ -116,13 +127,11 @@ class DataSection(_Section):
         return self
 
 
-class TrainSection(_Section):
-    """How it is trained."""
+class OptimizationSection(Section):
+    """Steps, optimizer, records and checkpoints of a run."""
 
     steps: int | None = Field(None, ge=1, description="Optimizer steps; excludes `epochs`.")
     epochs: float | None = Field(None, gt=0, description="Passes over the data; 1 unless `steps` is given.")
-    batch_size: int = Field(1, ge=1, description="Examples per device and forward.")
-    grad_accumulation: int = Field(1, ge=1, description="Forwards per optimizer step.")
     lr: float = Field(2e-4, gt=0, lt=10, description="Learning rate at its highest.")
     scheduler: Literal["linear", "cosine", "constant"] = Field("cosine", description="What it does after warm-up.")
     warmup: float = Field(0.03, ge=0, description="Warm-up: a share of all steps below 1, else a number of steps.")
@@ -143,13 +152,8 @@ class TrainSection(_Section):
     )
     precision: Literal["bf16", "float32"] = Field("bf16", description="Autocast to bfloat16, or no autocast.")
     logging_steps: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
-    eval_on_start: bool = Field(False, description="Evaluate once before the first step.")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; one at the end unless given.")
     keep_checkpoints: int | None = Field(2, ge=1, description="Older checkpoints are deleted; null keeps all.")
-    early_stopping: int | None = Field(
-        None, ge=1, description="Stop after this many evaluations without a better loss, and keep the best adapter."
-    )
     stop_on_nan: bool = Field(True, description="Stop at the first loss that is NaN or infinite.")
     report_to: Literal["none", "trackio", "tensorboard"] = Field("none", description="Where else the metrics go.")
     resume: str = Field(
@@ -171,6 +175,18 @@ class TrainSection(_Section):
             )
         return self
 
+
+class TrainSection(OptimizationSection):
+    """How it is trained."""
+
+    batch_size: int = Field(1, ge=1, description="Examples per device and forward.")
+    grad_accumulation: int = Field(1, ge=1, description="Forwards per optimizer step.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
+    eval_on_start: bool = Field(False, description="Evaluate once before the first step.")
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a better loss, and keep the best adapter."
+    )
+
     @model_validator(mode="after")
     def _early_stopping_evaluates(self) -> Self:
         if self.early_stopping is None:
@@ -185,13 +201,11 @@ class TrainSection(_Section):
         return self
 
 
-class SftConfig(_Section):
-    """A whole run of ``octavo sft``."""
+class RunConfig(Section):
+    """What every run has: a model, what trains in it, and a folder."""
 
     model: ModelSection
     lora: LoraSection = LoraSection()
-    data: DataSection
-    train: TrainSection = TrainSection()
     out: Path = Field(description="Folder of the run: resolved config, versions, metrics, checkpoints, adapter.")
 
     @field_validator("model", mode="before")
@@ -199,10 +213,22 @@ class SftConfig(_Section):
     def _model_is_a_path(cls, value: object) -> object:
         return {"path": value} if isinstance(value, str) else value
 
-    @field_validator("data", mode="before")
+    @field_validator("data", mode="before", check_fields=False)
     @classmethod
     def _data_is_a_path(cls, value: object) -> object:
         return {"train": value} if isinstance(value, str) else value
+
+    def to_yaml(self) -> str:
+        """Every key with its value, defaults included."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+class SftConfig(RunConfig):
+    """A whole run of ``octavo sft``."""
+
+    data: DataSection
+    train: TrainSection = TrainSection()
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Self:
@@ -222,22 +248,21 @@ class SftConfig(_Section):
 
     def resolved(self) -> Self:
         """The same run with every path on this disk absolute, so that the written config runs from anywhere."""
-        data = {key: _absolute(getattr(self.data, key)) for key in ("train", "eval", "chat_template")}
+        data = {key: absolute(getattr(self.data, key)) for key in ("train", "eval", "chat_template")}
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"path": _absolute(self.model.path)}),
+                "model": self.model.model_copy(update={"path": absolute(self.model.path)}),
                 "data": self.data.model_copy(update=data),
                 "out": self.out.expanduser().absolute(),
             }
         )
 
-    def to_yaml(self) -> str:
-        """Every key with its value, defaults included, in the order of the documentation."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        return text
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
+    """The absolute path of what is on this disk; anything else, such as a hub id, as it is."""
     if name is None:
         return None
     path = Path(name).expanduser()
@@ -245,6 +270,16 @@ def _absolute(name: str | None) -> str | None:
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> SftConfig:
+    """`read_config` for ``octavo sft``."""
+    return read_config(SftConfig, path, overrides)
+
+
+def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> SftConfig:
+    """`check_config` for ``octavo sft``."""
+    return check_config(SftConfig, tree, source=source)
+
+
+def read_config(kind: type[Config], path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read and check a YAML file; each override is ``section.key=value`` with the value in YAML.
 
     Raises:
@@ -259,19 +294,19 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> SftConfig:
         raise ConfigError(f"The configuration {path} holds {type(tree).__name__}, expected keys such as `model:`.")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return check_config(kind, tree, source=str(path))
 
 
-def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> SftConfig:
+def check_config(kind: type[Config], tree: Mapping[str, Any], *, source: str = "the configuration") -> Config:
     """Check a configuration that is a mapping already.
 
     Raises:
         ConfigError: keys or values are wrong; one sentence for each.
     """
     try:
-        return SftConfig.model_validate(dict(tree))
+        return kind.model_validate(dict(tree))
     except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors(include_url=False)]
+        problems = [_sentence(problem, kind) for problem in error.errors(include_url=False)]
     heading = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source}:"
     raise ConfigError("\n  ".join([heading, *problems]))
 
@@ -316,13 +351,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, kind_of_run: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     path, kind = ".".join(location), problem["type"]
     if kind == "extra_forbidden":
-        return f"`{path}` is not a key{_suggestion(location)}"
+        return f"`{path}` is not a key{_suggestion(location, _keys(kind_of_run))}"
     if kind == "missing":
-        return f"`{path}` is missing: {_description(location)}"
+        return f"`{path}` is missing: {_keys(kind_of_run).get(path, 'it has no default.')}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not location or kind == "value_error":
@@ -330,7 +365,7 @@ def _sentence(problem: Any) -> str:
     return f"`{path}` is {problem['input']!r}: {message}."
 
 
-def _keys(section: type[BaseModel] = SftConfig, prefix: str = "") -> dict[str, str]:
+def _keys(section: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """Every dotted key of the configuration with its description."""
     keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
@@ -343,20 +378,27 @@ def _keys(section: type[BaseModel] = SftConfig, prefix: str = "") -> dict[str, s
     return keys
 
 
-def _description(location: list[str]) -> str:
-    return _keys().get(".".join(location), "it has no default.")
-
-
-def _suggestion(location: list[str]) -> str:
-    name, keys = location[-1], list(_keys())
+def _suggestion(location: list[str], keys: Mapping[str, str]) -> str:
+    name = location[-1]
     prefix = "".join(f"{part}." for part in location[:-1])
     siblings = {key[len(prefix) :]: key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]}
     leaves = {key.rpartition(".")[2]: key for key in keys}
-    found = _OTHER_NAMES.get(name) or leaves.get(name)
+    found = next((other for other in _OTHER_NAMES.get(name, ()) if other in keys), None) or leaves.get(name)
     for names in (siblings, leaves):
         close = difflib.get_close_matches(name, names, n=1)
         found = found or (names[close[0]] if close else None)
     return f"; did you mean `{found}`?" if found else f"; the keys here are {', '.join(siblings)}."
 
 
-__all__ = ["DataSection", "LoraSection", "ModelSection", "SftConfig", "TrainSection", "load_config", "parse_config"]
+__all__ = [
+    "DataSection",
+    "LoraSection",
+    "ModelSection",
+    "RunConfig",
+    "SftConfig",
+    "TrainSection",
+    "check_config",
+    "load_config",
+    "parse_config",
+    "read_config",
+]

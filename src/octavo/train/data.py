@@ -77,6 +77,20 @@ def load_examples(
     Raises:
         ConfigError: it is missing or unreadable, holds no example, or examples in it are incomplete.
     """
+    unit, numbers, rows = read_rows(source, split=split, subset=subset)
+    found = _detect(rows[0], source, f"{unit} {numbers[0]}") if kind == "auto" else kind
+    _check(rows, numbers, found, source, unit)
+    columns = COLUMNS[found] + tuple(name for name in _OPTIONAL_COLUMNS if any(row.get(name) for row in rows))
+    left_out = tuple(sorted({name for row in rows for name in row} - set(columns)))
+    return Examples(_table(rows, columns, source), found, source, unit, tuple(numbers), left_out)
+
+
+def read_rows(source: str, *, split: str, subset: str | None) -> tuple[Literal["line", "row"], list[int], list[Any]]:
+    """The rows of a source as they are, with their numbers, and what those count: lines of a file, or rows.
+
+    Raises:
+        ConfigError: it is missing or unreadable, or holds no example.
+    """
     path = Path(source).expanduser()
     unit: Literal["line", "row"] = "row"
     if path.suffix in (".jsonl", ".ndjson"):
@@ -92,11 +106,7 @@ def load_examples(
         numbers, rows = _numbered(_read_hub(source, split, subset))
     if not rows:
         raise ConfigError(f"{source} holds no example.")
-    found = _detect(rows[0], source, f"{unit} {numbers[0]}") if kind == "auto" else kind
-    _check(rows, numbers, found, source, unit)
-    columns = COLUMNS[found] + tuple(name for name in _OPTIONAL_COLUMNS if any(row.get(name) for row in rows))
-    left_out = tuple(sorted({name for row in rows for name in row} - set(columns)))
-    return Examples(_table(rows, columns, source), found, source, unit, tuple(numbers), left_out)
+    return unit, numbers, rows
 
 
 def hold_out(examples: Examples, fraction: float, *, seed: int) -> tuple[Examples, Examples]:
@@ -197,7 +207,7 @@ def _detect(row: object, source: str, place: str) -> Format:
     )
     raise ConfigError(
         f"{source}, {place} is none of the known formats: expected `messages`, `prompt` with `completion`, or `text`, "
-        f"found {_names(keys) or type(row).__name__}.{hint}"
+        f"found {named(keys) or type(row).__name__}.{hint}"
     )
 
 
@@ -219,28 +229,29 @@ def _check(rows: Sequence[Any], numbers: Sequence[int], kind: Format, source: st
 def _problem(row: object, kind: Format) -> str | None:
     """What keeps ``row`` from being an example of that kind, or None."""
     if not isinstance(row, dict):
-        return f"expected an object with {_names(COLUMNS[kind])}, found {type(row).__name__}"
+        return f"expected an object with {named(COLUMNS[kind])}, found {type(row).__name__}"
     missing = [name for name in COLUMNS[kind] if row.get(name) is None]
     if missing:
-        return f"{_names(missing)} missing, found {_names(row) or 'an empty object'}"
+        return f"{named(missing)} missing, found {named(row) or 'an empty object'}"
     if kind == "messages":
-        return _turns_problem("messages", row["messages"])
+        return turns_problem("messages", row["messages"])
     if kind == "prompt-completion" and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _turns_problem("prompt", row["prompt"]) or _turns_problem("completion", row["completion"])
+        return turns_problem("prompt", row["prompt"]) or turns_problem("completion", row["completion"])
     for name in COLUMNS[kind]:
         if not isinstance(row[name], str):
             return f"`{name}` is {type(row[name]).__name__}, expected text"
     return None if row[COLUMNS[kind][-1]] else f"`{COLUMNS[kind][-1]}` is empty"
 
 
-def _turns_problem(name: str, turns: object) -> str | None:
+def turns_problem(name: str, turns: object) -> str | None:
+    """What keeps ``turns`` from being a conversation, or None."""
     if not isinstance(turns, list) or not turns:
         return f"`{name}` is {'empty' if turns == [] else type(turns).__name__}, expected a list of turns"
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             return f"`{name}[{index}]` is {type(turn).__name__}, expected an object with `role` and `content`"
         if not isinstance(turn.get("role"), str):
-            return f"`{name}[{index}]` has no `role`, found {_names(turn) or 'an empty object'}"
+            return f"`{name}[{index}]` has no `role`, found {named(turn) or 'an empty object'}"
         if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
             found = (
                 "no `content`" if turn.get("content") is None else f"`content` of type {type(turn['content']).__name__}"
@@ -265,5 +276,6 @@ def _records(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Itera
         yield record
 
 
-def _names(keys: Iterable[str]) -> str:
+def named(keys: Iterable[str]) -> str:
+    """Keys as an error message lists them."""
     return ", ".join(f"`{key}`" for key in sorted(keys))

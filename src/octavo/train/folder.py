@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import octavo
 from octavo.errors import ConfigError
-from octavo.train.config import SftConfig
+from octavo.train.config import RunConfig
 
 _PACKAGES = (
     "octavo",
@@ -39,6 +39,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.versions = path / "versions.json"
         self.metrics = path / "metrics.jsonl"
+        self.completions = path / "completions.jsonl"
         self.adapter = path / "adapter"
 
     def checkpoint(self, resume: str) -> Path | None:
@@ -63,7 +64,7 @@ class RunFolder:
             )
         return path
 
-    def changed_keys(self, config: SftConfig) -> list[str]:
+    def changed_keys(self, config: RunConfig) -> list[str]:
         """Dotted keys in which ``config`` differs from the one this folder was started with."""
         if not self.config.is_file():
             return []
@@ -72,7 +73,7 @@ class RunFolder:
         changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
         return sorted(changed - {"train.resume", "out"})
 
-    def write_start(self, config: SftConfig, device: torch.device, world_size: int) -> None:
+    def write_start(self, config: RunConfig, device: torch.device, world_size: int) -> None:
         """Write the resolved config and the versions."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)

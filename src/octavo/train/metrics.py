@@ -25,14 +25,36 @@ _NAMES = {
     "epoch": "epoch",
     "eval_loss": "eval_loss",
     "eval_mean_token_accuracy": "eval_token_accuracy",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "groups_without_signal",
+    "kl": "kl",
+    "clip_ratio/region_mean": "clip_ratio",
+    "clip_ratio/low_mean": "clip_ratio_low",
+    "clip_ratio/high_mean": "clip_ratio_high",
+    "completions/mean_length": "completion_tokens",
+    "completions/clipped_ratio": "completions_truncated",
+    "agreement/mean": "agreement_mean",
+    "agreement/worst": "agreement_worst",
+    "sync/bytes": "sync_bytes",
+    "sync/seconds": "sync_seconds",
+    "rollout/seconds": "rollout_seconds",
+    "rollout/tokens_per_second": "rollout_tokens_per_second",
 }
+# `rewards/NAME/mean` of each reward function is `reward_NAME`.
+_REWARD, _MEAN = "rewards/", "/mean"
 
 
 def record(step: int, logs: Mapping[str, Any]) -> dict[str, float]:
     """The line for one log of a trainer; empty if the log has neither a loss nor an evaluation."""
     if "loss" not in logs and "eval_loss" not in logs:
         return {}
-    return {"step": step} | {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
+    rewards = {
+        f"reward_{name.removeprefix(_REWARD).removesuffix(_MEAN)}": value
+        for name, value in logs.items()
+        if name.startswith(_REWARD) and name.endswith(_MEAN)
+    }
+    return {"step": step} | {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs} | rewards
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

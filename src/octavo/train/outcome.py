@@ -1,4 +1,4 @@
-"""What a run of ``octavo sft`` came to, for a person and for a program."""
+"""What a run came to, for a person and for a program."""
 
 import dataclasses
 from pathlib import Path
@@ -16,6 +16,8 @@ class RunResult:
     max_steps: int
     loss: float | None
     eval_loss: float | None
+    # The mean reward of the last logged steps of `octavo grpo`.
+    reward: float | None
     seconds: float
     peak_memory_gb: float
     resumed_from: Path | None
@@ -43,5 +45,6 @@ def farewell(result: RunResult, *, dry_run: bool) -> str:
     figures = [f"{result.step} steps in {result.seconds:.0f} s"]
     figures += [f"loss {result.loss:.4f}"] if result.loss is not None else []
     figures += [f"eval loss {result.eval_loss:.4f}"] if result.eval_loss is not None else []
+    figures += [f"reward {result.reward:.3f}"] if result.reward is not None else []
     figures += [f"peak memory {result.peak_memory_gb:.2f} GB"]
     return f"{', '.join(figures)}\nadapter: {result.adapter}\ntry it: octavo chat {result.adapter}"

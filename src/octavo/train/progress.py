@@ -13,10 +13,14 @@ from octavo.train.metrics import record
 
 # (key of a metrics record, how it is shown), in the order of the line.
 _SHOWN = (
+    ("reward", "reward {:.3f}"),
     ("loss", "loss {:.4f}"),
     ("eval_loss", "eval loss {:.4f}"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "grad {:.2f}"),
+    ("kl", "kl {:.4f}"),
+    ("agreement_mean", "agreement {:.4f}"),
+    ("agreement_worst", "worst {:.3f} nats"),
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("peak_memory_gb", "peak {:.2f} GB"),
     ("plan_gb", "planned {:.2f} GB"),

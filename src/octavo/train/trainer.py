@@ -1,7 +1,6 @@
-"""trl's SFTTrainer, plus what it keeps quiet: what became of each example, a loss that is not finite, speed, load."""
+"""trl's SFTTrainer, plus what it keeps quiet: what became of each example."""
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,15 +12,13 @@ import trl
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from octavo.errors import ConfigError, OctavoError
+from octavo.errors import ConfigError
 from octavo.train.data import Examples
 from octavo.train.example import IGNORED
-from octavo.train.meter import Meter
 from octavo.train.offload import HiddenStatesOnHost
+from octavo.train.watched import TrainingError, Watched
 
-
-class TrainingError(OctavoError):
-    """A run that cannot go on: its loss is not a number any more."""
+__all__ = ["Preparation", "SftTrainer", "TrainingError"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class Preparation:
         return text + (f", {self.dropped} of them dropped: nothing that counts was left" if self.dropped else "")
 
 
-class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
+class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """A `trl.SFTTrainer` on checked examples, with a `Meter` in its log."""
 
     def __init__(
@@ -64,7 +61,6 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
     ) -> None:
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
-        self._stop_on_nan = stop_on_nan
         super().__init__(
             model=model,
             args=args,
@@ -79,8 +75,7 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)
-        self.meter = Meter(self.model)
-        self.add_callback(self.meter)
+        self.watch(stop_on_nan=stop_on_nan)
 
     def _prepare_dataset(
         self,
@@ -137,26 +132,6 @@ class SftTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """trl's loss, with hidden states leaving for the host as they are kept if that was asked for."""
         with self._offload if self._offload is not None and model.training else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward; stops before the optimizer takes a loss that is not finite."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if self._stop_on_nan:
-            # Every rank must stop at the same step, or the others wait for it in the next reduction.
-            worst = float(self.accelerator.reduce(loss.detach().clone(), reduction="sum"))
-            if not math.isfinite(worst):
-                raise TrainingError(
-                    f"The loss of step {self.state.global_step + 1} is {worst}, so the run stopped before the "
-                    "optimizer used it. The last checkpoint is unharmed. Lower `train.lr`, or set "
-                    "`train.stop_on_nan: false` to go on regardless."
-                )
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second, peak memory and expert load to every training record, for all reporters."""
-        if "loss" in logs:
-            logs.update(self.meter.read())
-        super().log(logs, start_time)
 
 
 def _cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
