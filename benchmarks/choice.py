@@ -29,7 +29,12 @@ def steps(rows: list[dict]) -> list[list]:
     rows = sorted(rows, key=rows_per_expert)
     fastest = []
     for size, some in groupby(rows, rows_per_expert):
-        fastest.append((size, min(some, key=lambda row: row["ms"])["engine"]))
+        ms = {row["engine"]: row["ms"] for row in some}
+        best = min(ms, key=ms.__getitem__)
+        # no change of engine for less than the spread of two runs
+        if fastest and ms.get(fastest[-1][1], math.inf) <= 1.03 * ms[best]:
+            best = fastest[-1][1]
+        fastest.append((size, best))
     found = []
     for (size, engine), (larger, other) in pairwise(fastest):
         if engine != other:

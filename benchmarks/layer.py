@@ -283,14 +283,12 @@ def main() -> None:
                 shared = 0.0
                 if engine == "dequant":
                     shared = 384.0
-                elif engine == "scaled":
-                    shared = layer.up.codes.numel() / 2**20
                 row = {
                     "model": name, "layout": model.layout.kind, "tokens": tokens, "numerics": numerics,
                     "engine": engine,
                     "lora_rank": RANK, "pass": "fwd+bwd", "ms": round(ms, 4), "eager_ms": round(eager_ms(step), 4),
                     "floor_ms": floor, "ratio": round(ms / floor, 3),
-                    "transposed": "built" if engine == "scaled" else "none",
+                    "transposed": "none",
                     "peak_transient_mib": round(transient_mib(step), 1), "shared_buffer_mib": shared,
                     "rel_err": float(f"{worst:.3e}"), "device": torch.cuda.get_device_name(),
                     "torch": torch.__version__,

@@ -19,6 +19,7 @@ from octavo.ops.capability import triton_missing
 from octavo.ops.choice import ENGINES, NUMERICS, choose, computes, why_not
 from octavo.ops.dequant import CHUNK_BYTES
 from octavo.ops.engines import Engine, ProductEngine
+from octavo.ops.hopper.engine import HopperEngine
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def ways(case: LayerCase, numerics: tuple[str, ...] = NUMERICS) -> tuple[list[Wa
             shared, transposed = 0.0, "none"
             if name == "dequant":
                 shared = min(CHUNK_BYTES, 2 * case.up.codes.numel()) / 2**20
-            elif name == "scaled":
+            elif name == "scaled" and not isinstance(engine, HopperEngine):
                 shared, transposed = case.up.codes.numel() / 2**20, "built"
             forward = _forward(case, engine)
             # torch's own code asks for the offsets
