@@ -99,7 +99,9 @@ def test_what_kernels_do_not_take(on, change: dict, says: str) -> None:
 def test_without_triton(on) -> None:
     on("sm90", triton=False)
     assert type(select("auto", "exact", GLM)) is ProductEngine
-    assert str(choose("auto", "exact", GLM)) == "dequant; not kernels: triton is not installed"
+    assert str(choose("auto", "exact", GLM)) == (
+        "dequant; not fused: triton is not installed; not kernels: triton is not installed"
+    )
     assert str(choose("auto", "fp8", GLM)) == "reference; not scaled: triton is not installed"
     with pytest.raises(EngineError, match="triton is not installed"):
         choose("fused", "exact", GLM)
