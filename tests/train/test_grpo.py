@@ -244,6 +244,9 @@ def test_the_verb_prints_the_result_as_json(tmp_path, checkpoint, questions):
         ({"rollout": {"server": "http://x", "numerics": "fp8"}}, r"`numerics` of a server are its own"),
         ({"rewards": []}, r"rewards"),
         ({"rollout": {"temperature": 0}}, r"rollout\.temperature"),
+        ({"lora": {"dtype": "bfloat16"}, "train": {"optimizer": "adamw_8bit"}}, r"`lora\.dtype` of GRPO is float32"),
+        ({"train": {"offload_hidden_states": True}}, r"`train\.offload_hidden_states` is for `octavo sft`"),
+        ({"train": {"activation_offloading": True}}, r"`train\.activation_offloading` is not a key"),
     ],
 )
 def test_what_is_wrong_in_the_configuration_is_said_before_anything_loads(tmp_path, change, message):
