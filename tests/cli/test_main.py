@@ -63,10 +63,14 @@ def test_overview_lists_every_verb_with_its_line():
 @pytest.mark.parametrize("name", VERBS)
 def test_each_verb_has_a_file_of_its_own_and_help(name):
     assert VERBS[name].module == f"octavo.cli.{name}"
-    assert load(name).name == name
-    result = RUNNER.invoke(app, [name, "--help"])
-    assert result.exit_code == 0
-    assert "--json" in result.output
+    command = load(name)
+    assert command.name == name
+    # A verb of several commands has its options on each of them.
+    for call in [[name, inner] for inner in getattr(command, "commands", {})] or [[name]]:
+        result = RUNNER.invoke(app, [*call, "--help"])
+        assert result.exit_code == 0, call
+        assert "--json" in result.output, call
+    assert RUNNER.invoke(app, [name, "--help"]).exit_code == 0
 
 
 @pytest.mark.parametrize("args", [[], ["inspekt"], ["inspect"], ["inspect", "--no-such-option", "x"], ["--nothing"]])

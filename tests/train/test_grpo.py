@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,35 @@ def test_several_steps_on_the_same_completions(tmp_path, checkpoint, questions):
     assert max(record["clip_ratio"] for record in records) > 0
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is optional")
+def test_states_of_8_bits(tmp_path, checkpoint, questions):
+    out = tmp_path / "run"
+    config = tree(checkpoint, questions, out, optimizer="adamw_8bit", save_every=1)
+    # A rank at which tensors are large enough for torchao to quantize their states.
+    config["lora"] |= {"r": 64}
+    run(**config)
+    assert max(metrics(out, "agreement_worst")) < 1e-4
+    states = torch.load(out / "checkpoint-3" / "optimizer.pt", weights_only=False)["state"].values()
+    assert any("OptimState8bit" in type(held["exp_avg"]).__name__ for held in states)
+
+
+def test_attention_is_the_one_that_was_asked_for(tmp_path, checkpoint, questions, monkeypatch):
+    asked = []
+    real = octavo.load_model
+
+    def load(*args, **options):
+        model = real(*args, **options)
+        asked.append(model.config._attn_implementation)
+        return model
+
+    monkeypatch.setattr(octavo, "load_model", load)
+    config = tree(checkpoint, questions, tmp_path / "run", steps=1)
+    config["model"] |= {"attention": "eager"}
+    run(**config)
+    assert asked == ["eager"]
+    assert metrics(tmp_path / "run", "agreement_worst")[0] < 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_log_probabilities_are_at_the_sampling_temperature(tmp_path, dtype):
     """On a model whose logits differ: one that is sampled at 0.5 and scored at 1 is 0.4 nats apart."""
@@ -244,6 +274,9 @@ def test_the_verb_prints_the_result_as_json(tmp_path, checkpoint, questions):
         ({"rollout": {"server": "http://x", "numerics": "fp8"}}, r"`numerics` of a server are its own"),
         ({"rewards": []}, r"rewards"),
         ({"rollout": {"temperature": 0}}, r"rollout\.temperature"),
+        ({"lora": {"dtype": "bfloat16"}, "train": {"optimizer": "adamw_8bit"}}, r"`lora\.dtype` of GRPO is float32"),
+        ({"train": {"offload_hidden_states": True}}, r"`train\.offload_hidden_states` is for `octavo sft`"),
+        ({"train": {"activation_offloading": True}}, r"`train\.activation_offloading` is not a key"),
     ],
 )
 def test_what_is_wrong_in_the_configuration_is_said_before_anything_loads(tmp_path, change, message):

@@ -243,7 +243,7 @@ def test_offloading_changes_no_loss(tmp_path, checkpoint, chats):
 
 def test_without_torchao_its_optimizer_is_refused_before_anything_is_loaded(tmp_path, chats, monkeypatch):
     real = find_spec
-    monkeypatch.setattr("octavo.train.run.find_spec", lambda name: None if name == "torchao" else real(name))
+    monkeypatch.setattr("octavo.train.base.find_spec", lambda name: None if name == "torchao" else real(name))
     with pytest.raises(ConfigError, match=r"pip install 'octavo\[adamw8bit\]'"):
         train(**tree(tmp_path / "nothing", chats, tmp_path / "run", optimizer="adamw_8bit"))
 

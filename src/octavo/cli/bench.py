@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SIZES = ("experts", "top_k", "hidden", "intermediate")
 
 
-bench = typer.Typer(no_args_is_help=True, add_completion=False)
+bench = typer.Typer(name="bench", no_args_is_help=True, add_completion=False)
 bench.command("model")(trial)
 
 
