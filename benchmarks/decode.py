@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import octavo
-from benchmarks.checkpoints import QWEN3, write_qwen3
+from benchmarks.checkpoints import QWEN3_CODER, resolve, write
 from octavo.bench.run import commit
 from octavo.bench.timing import graph_ms
 from octavo.nn.experts import OctavoExperts
@@ -30,10 +30,12 @@ BYTES_PER_SECOND = 4.3e12
 # a decoding step rounds less than the training engine, which rounds every intermediate to bfloat16
 TOLERANCE = 2e-2
 
+SIZES = QWEN3_CODER.sizes
+
 
 def tokens_per_second(model: nn.Module, batch: int, new: int, repeats: int = 3) -> float:
     """Greedy, from 16 tokens of prompt; the best of ``repeats``."""
-    prompt = torch.randint(0, QWEN3["vocab_size"], (batch, 16), device="cuda")
+    prompt = torch.randint(0, SIZES["vocab_size"], (batch, 16), device="cuda")
     best = 0.0
     for _ in range(repeats + 1):
         torch.cuda.synchronize()
@@ -46,7 +48,7 @@ def tokens_per_second(model: nn.Module, batch: int, new: int, repeats: int = 3) 
 
 def step_error(model: nn.Module, batch: int) -> float:
     """Relative error of one token's logits without gradient against the same with gradient."""
-    tokens = torch.randint(0, QWEN3["vocab_size"], (batch, 1), device="cuda")
+    tokens = torch.randint(0, SIZES["vocab_size"], (batch, 1), device="cuda")
     with torch.no_grad():
         got = model(input_ids=tokens).logits.float()
     embeds = model.get_input_embeddings()(tokens).detach().requires_grad_()
@@ -57,15 +59,15 @@ def step_error(model: nn.Module, batch: int) -> float:
 def expert_layer_us(model: nn.Module, tokens: int) -> tuple[float, float]:
     """(microseconds of one experts module under graph replay, those of reading its routed experts' codes once)."""
     experts = next(module for module in model.modules() if isinstance(module, OctavoExperts))
-    top_k = QWEN3["num_experts_per_tok"]
-    x = torch.randn(tokens, QWEN3["hidden_size"], device="cuda", dtype=torch.bfloat16)
-    index = torch.rand(tokens, QWEN3["num_experts"], device="cuda").topk(top_k, 1).indices
+    top_k = SIZES["num_experts_per_tok"]
+    x = torch.randn(tokens, SIZES["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    index = torch.rand(tokens, SIZES["num_experts"], device="cuda").topk(top_k, 1).indices
     p = torch.rand(tokens, top_k, device="cuda", dtype=torch.bfloat16)
     # 80 calls in turn, so that launches of one graph do not show; the codes of one call stay in the L2 for the next
     calls = 80
     with torch.no_grad():
         ms = graph_ms(lambda: [experts(x, index, p) for _ in range(calls)])
-    routed = index.unique().numel() * 3 * QWEN3["hidden_size"] * QWEN3["moe_intermediate_size"]
+    routed = index.unique().numel() * 3 * SIZES["hidden_size"] * SIZES["moe_intermediate_size"]
     return ms * 1e3 / calls, routed / BYTES_PER_SECOND * 1e6
 
 
@@ -85,7 +87,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        write_qwen3(Path(folder), args.layers)
+        write(QWEN3_CODER.name, Path(folder), layers=args.layers)
         model = octavo.load_model(folder).cuda().eval()
     print(octavo.describe(model))
     for name in ("fp8", "fp8 + LoRA r=16"):
@@ -104,7 +106,7 @@ def main() -> None:
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    config = Qwen3MoeConfig(**QWEN3, num_hidden_layers=args.layers, dtype="bfloat16")
+    config = Qwen3MoeConfig(**resolve(QWEN3_CODER.name, layers=args.layers).sizes)
     with torch.device("cuda"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for batch in args.batches:

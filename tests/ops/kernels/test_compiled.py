@@ -16,7 +16,7 @@ FEW = ("matrix", "pairs", "restore")
 @pytest.mark.parametrize(
     "jobs",
     [
-        pytest.param(["qwen3:2048:fused-exact", "qwen3:2048:scaled-fp8", "qwen3:2:few"], id="block scales"),
+        pytest.param(["qwen3:2048:dequant-exact", "qwen3:2048:scaled-fp8", "qwen3:2:few"], id="block scales"),
         pytest.param(["glm:32768:dequant-exact", "glm:32768:scaled-fp8", "glm:2:few"], id="channel scales"),
     ],
 )
