@@ -4,7 +4,8 @@
     python -m benchmarks.checkpoints qwen3-coder /data/qwen3 --layers 4
 
 ``glm`` is GLM-4.7-Flash-FP8-Dynamic (compressed-tensors, one bfloat16 scale per row; layers 1, 39 and 46 are bfloat16),
-``qwen3-coder`` is Qwen3-Coder-30B-A3B-Instruct-FP8 (blocks of 128 × 128). Weights are drawn where there is a GPU,
+``qwen3-coder`` is Qwen3-Coder-30B-A3B-Instruct-FP8 (blocks of 128 × 128), ``qwen3-8b`` the dense Qwen3-8B-FP8 (the same
+blocks). Weights are drawn where there is a GPU,
 on it, with rows of different size, channels that stand out and single outliers, and are written shard by shard while
 the next are drawn. ``build_plain`` makes the bfloat16 model of the same shapes in memory. The tokenizer is that of the
 small models that ship with octavo; its 4,096 tokens are the first of the vocabulary.
@@ -74,6 +75,11 @@ class Kind:
     @property
     def num_layers(self) -> int:
         return int(self.sizes["num_hidden_layers"])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer has experts."""
+        return "moe_intermediate_size" not in self.sizes
 
     def resized(self, **sizes: Any) -> "Kind":
         """With other sizes; layers that no longer exist leave the list of plain ones, the first stays."""
@@ -164,7 +170,35 @@ QWEN3_CODER = Kind(
     scale="weight_scale_inv",
     scale_dtype=torch.float32,
 )
-KINDS = {kind.name: kind for kind in (GLM, QWEN3_CODER)}
+QWEN3_8B = Kind(
+    name="qwen3-8b",
+    repository="Qwen/Qwen3-8B-FP8",
+    sizes={
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "dtype": "bfloat16",
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": 40_960,
+        "initializer_range": STD,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1_000_000,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
+    layout=ScaleLayout("block", (128, 128)),
+    scale="weight_scale_inv",
+    scale_dtype=torch.float32,
+)
+KINDS = {kind.name: kind for kind in (GLM, QWEN3_CODER, QWEN3_8B)}
 # Small enough for a CPU, and no size is a multiple of a block where the real one is none.
 TINY = {
     "glm": {
@@ -177,6 +211,10 @@ TINY = {
         "vocab_size": 4096, "hidden_size": 160, "intermediate_size": 160, "moe_intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
         "num_experts_per_tok": 4, "max_position_embeddings": 4096,
+    },
+    "qwen3-8b": {
+        "vocab_size": 4096, "hidden_size": 160, "intermediate_size": 352, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
 
@@ -194,7 +232,7 @@ def stacks(kind: Kind) -> Iterator[Stack]:
 
 def _layer(kind: Kind, layer: int) -> Iterator[Stack]:
     s, prefix = kind.sizes, f"model.layers.{layer}"
-    hidden, width = s["hidden_size"], s["moe_intermediate_size"]
+    hidden = s["hidden_size"]
     layout = None if layer in kind.plain_layers else kind.layout
     for name, shape in _attention(s).items():
         if len(shape) == 1:
@@ -207,9 +245,10 @@ def _layer(kind: Kind, layer: int) -> Iterator[Stack]:
         yield Stack((f"{name}.up_proj",), (width, hidden), layout)
         yield Stack((f"{name}.down_proj",), (hidden, width), layout)
 
-    if layer < s.get("first_k_dense_replace", 0):
+    if kind.is_dense or layer < s.get("first_k_dense_replace", 0):
         yield from mlp(f"{prefix}.mlp", s["intermediate_size"])
     else:
+        width = s["moe_intermediate_size"]
         experts = s["n_routed_experts"] if "n_routed_experts" in s else s["num_experts"]
         yield Stack((f"{prefix}.mlp.gate",), (experts, hidden), None)
         if s.get("topk_method") == "noaux_tc":
@@ -293,8 +332,9 @@ def quantization_config(kind: Kind) -> dict[str, Any]:
     """What the checkpoint's config says of its storage, and of what is left out."""
     layers = kind.num_layers
     if kind.layout.kind == "block":
-        plain = [f"model.layers.{n}.{name}" for n in range(layers) for name in
-                 ("input_layernorm", "mlp.gate", "post_attention_layernorm")]  # fmt: skip
+        routers = () if kind.is_dense else ("mlp.gate",)
+        names = ("input_layernorm", *routers, "post_attention_layernorm")
+        plain = [f"model.layers.{n}.{name}" for n in range(layers) for name in names]
         return {
             "activation_scheme": "dynamic",
             "modules_to_not_convert": ["lm_head", *plain],
@@ -473,13 +513,14 @@ def resolve(name: str, *, layers: int | None = None, tiny: bool = False) -> Kind
 def build_plain(name: str, *, layers: int | None = None, tiny: bool = False, seed: int = 0) -> PreTrainedModel:
     """The bfloat16 model of the same shapes and spread, made where it will run, without a disk.
 
-    It computes as plain transformers does, with ``grouped_mm`` experts; ``octavo.configure`` puts it on octavo's
+    It computes as plain transformers does, experts with ``grouped_mm``; ``octavo.configure`` puts it on octavo's
     forward.
     """
     kind = resolve(name, layers=layers, tiny=tiny)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     config = AutoConfig.for_model(**kind.sizes)
-    config._experts_implementation = "grouped_mm"
+    if not kind.is_dense:
+        config._experts_implementation = "grouped_mm"
     with torch.device(device), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator(device=device).manual_seed(seed)
