@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from dataclasses import asdict, replace
 
 import pytest
@@ -78,3 +79,43 @@ def test_verdicts(monkeypatch: pytest.MonkeyPatch, changed: dict, healthy: bool,
     assert result.exit_code == (0 if healthy else 1)
     assert ("Wrong here" in result.stdout) != healthy
     assert json.loads(json.dumps(whole.as_json()))["machine"] == asdict(whole.machine)
+
+
+def test_engines_that_compile_are_split_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each layout of scales, first, where all of them can run at once; else one for each engine."""
+    gpu = torch.device("cuda")
+    reports = [EngineReport(name, "exact", False, None) for name in ("reference", "dequant", "fused")]
+    monkeypatch.setattr(report, "_workers", lambda device: 16)
+    tests = report._split(reports, gpu)
+    assert [(test.engine, test.layouts) for test in tests] == [
+        *((name, (kind,)) for name in ("dequant", "fused") for kind in ("channel", "tensor", "block")),
+        ("reference", ("channel", "tensor", "block")),
+    ]
+    monkeypatch.setattr(report, "_workers", lambda device: 4)
+    assert [test.engine for test in report._split(reports, gpu)] == ["dequant", "fused", "reference"]
+
+
+def test_processes_run_side_by_side_and_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test waits until all have begun, which none would survive one after another; one of three crashes."""
+    both = threading.Barrier(3, timeout=20)
+
+    def fake(device, engine, numerics, layouts, *, processes):  # type: ignore[no-untyped-def]
+        both.wait()
+        [kind] = layouts
+        name = {"block": "block 128x128"}.get(kind, kind)
+        checks = tuple(replace(RIGHT, what=what, layout=name) for what in ("experts", "linear"))
+        return checks, "it died" if kind == "tensor" else ""
+
+    monkeypatch.setattr(report, "self_test", fake)
+    monkeypatch.setattr(report, "_workers", lambda device: 3)
+    tests = [report._Test("fused", "exact", (kind,)) for kind in ("block", "tensor", "channel")]
+    told: list[str] = []
+    found = [one for _, one in report._run(tests, CPU, told.append)]
+    whole = report._joined(EngineReport("fused", "exact", True, None), found)
+    names = ("channel", "tensor", "block 128x128")
+    assert [(check.what, check.layout) for check in whole.checks] == [
+        (what, name) for what in ("experts", "linear") for name in names
+    ]
+    assert whole.crash == "it died"
+    assert not whole.right
+    assert told[-1] == "3 of 3 tests done"

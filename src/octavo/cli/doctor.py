@@ -20,14 +20,14 @@ def doctor(
 ) -> None:
     """Show the GPU, the versions and the engines, and test each engine that can run here against float64.
 
-    Each test runs in a process of its own. Exit code 1 if something that auto picks here is wrong.
+    Tests run side by side, each engine in processes of its own. Exit code 1 if something that auto picks here is wrong.
     """
     # Imported here: --help should not wait for torch.
     from octavo.doctor.report import examine
 
     console = Console(stderr=as_json)
     with console.status("looking", spinner="dots") as status:
-        report = examine(lambda text: status.update(f"testing {text}"))
+        report = examine(status.update)
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:
@@ -56,10 +56,12 @@ def _machine(machine: Machine) -> list[str]:
 
 def _engines(reports: tuple[EngineReport, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("numerics", "engine", "auto", "self-test"):
-        table.add_column(name, no_wrap=name != "self-test", overflow="fold")
+    for name in ("numerics", "engine", "auto", "seconds", "self-test"):
+        numbers = name == "seconds"
+        table.add_column(name, no_wrap=name != "self-test", overflow="fold", justify="right" if numbers else "left")
     for report in reports:
-        table.add_row(report.numerics, report.engine, "yes" if report.auto else "", escape(_found(report)))
+        seconds = f"{report.seconds:.1f}" if report.seconds else ""
+        table.add_row(report.numerics, report.engine, "yes" if report.auto else "", seconds, escape(_found(report)))
     return table
 
 

@@ -1,28 +1,38 @@
-"""The machine, the versions, what ``auto`` picks, and each engine that can run, tested in a process of its own."""
+"""The machine, the versions, what ``auto`` picks, and each engine that can run, tested in processes of its own.
+
+Processes run side by side. Most of a first test is compiling kernels, each for one layout of scales, so where there are
+cores for it an engine that compiles has a process for each layout.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import octavo
 from octavo.bench.run import default_device, device_name
-from octavo.doctor.selftest import Check
+from octavo.doctor.selftest import CHECKS, LAYOUTS, Check
 from octavo.ops.capability import architecture_of, triton_missing
 from octavo.ops.choice import ENGINES, NUMERICS, Layer, choose, computes, why_not
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "safetensors")
 # a first run compiles its kernels
 _SECONDS = 300
-_CHECKS = 6
+# GPU memory that a test's process is given room for: a CUDA context, cuBLAS and the layer
+_PROCESS_GB = 1.0
+_ALL = tuple(layout.kind for layout in LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class EngineReport:
     why_not: str | None
     checks: tuple[Check, ...] = ()
     crash: str = ""
+    seconds: float = 0.0
+    """Of its longest process, starting and compiling included."""
 
     @property
     def right(self) -> bool:
@@ -76,38 +88,118 @@ class Report:
         return {"machine": asdict(self.machine), "engines": engines, "healthy": self.healthy}
 
 
+@dataclass(frozen=True)
+class _Test:
+    """What one process tests of one engine: its checks on these layouts."""
+
+    engine: str
+    numerics: str
+    layouts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        part = "" if self.layouts == _ALL else f", {' and '.join(self.layouts)} scales"
+        return f"{self.numerics} on {self.engine}{part}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of a :class:`_Test`."""
+
+    checks: tuple[Check, ...]
+    crash: str
+    seconds: float
+
+
 def examine(progress: Callable[[str], None] = lambda text: None) -> Report:
-    """Look at the machine and test every engine that can run on it. ``progress``: told what is being tested."""
+    """Look at the machine and test every engine that can run on it. ``progress``: told how far it is."""
     device = default_device()
     reports = []
     for numerics in NUMERICS:
         layers = [Layer(kind, device, torch.bfloat16) for kind in ("experts", "linear")]
         picked = {engine.name for layer in layers for _, engine in choose("auto", numerics, layer).steps}
         for name in ENGINES:
-            if not computes(name, numerics):
-                continue
-            if reason := why_not(name, layers[0]):
-                reports.append(EngineReport(name, numerics, False, reason))
-                continue
-            progress(f"{numerics} on {name}")
-            checks, crash = self_test(device, name, numerics)
-            reports.append(EngineReport(name, numerics, name in picked, None, checks, crash))
-    return Report(machine(device), tuple(reports))
+            if computes(name, numerics):
+                reason = why_not(name, layers[0])
+                reports.append(EngineReport(name, numerics, reason is None and name in picked, reason))
+    tests = _split([report for report in reports if report.why_not is None], device)
+    found: dict[tuple[str, str], list[_Found]] = defaultdict(list)
+    for test, one in _run(tests, device, progress):
+        found[test.engine, test.numerics].append(one)
+    return Report(machine(device), tuple(_joined(report, found[report.engine, report.numerics]) for report in reports))
 
 
-def self_test(device: torch.device, engine: str, numerics: str) -> tuple[tuple[Check, ...], str]:
-    """(the checks of one engine, how its process ended where it did not end well)."""
-    command = [sys.executable, "-m", "octavo.doctor.selftest", str(device), engine, numerics]
+def _split(reports: Sequence[EngineReport], device: torch.device) -> list[_Test]:
+    """The tests of these engines, those that compile first: they take longest."""
+    compiling = [report for report in reports if device.type != "cpu" and report.engine != "reference"]
+    others = [report for report in reports if report not in compiling]
+    parts = [(kind,) for kind in _ALL] if len(compiling) * len(_ALL) <= _workers(device) else [_ALL]
+    return [
+        *(_Test(report.engine, report.numerics, part) for report in compiling for part in parts),
+        *(_Test(report.engine, report.numerics, _ALL) for report in others),
+    ]
+
+
+def _workers(device: torch.device) -> int:
+    """How many processes may run at once: one for each core, and as many as the GPU has room for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type != "cuda":
+        return cores
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(cores, int(free / 1e9 / _PROCESS_GB)))
+
+
+def _run(
+    tests: Sequence[_Test], device: torch.device, progress: Callable[[str], None]
+) -> Iterator[tuple[_Test, _Found]]:
+    """Each test with what came of it, in the order in which they end."""
+    if not tests:
+        return
+    workers = min(_workers(device), len(tests))
+
+    def timed(test: _Test) -> _Found:
+        began = time.perf_counter()
+        checks, crash = self_test(device, test.engine, test.numerics, test.layouts, processes=workers)
+        return _Found(checks, crash, time.perf_counter() - began)
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(timed, test): test for test in tests}
+        for done in as_completed(list(waiting)):
+            test = waiting.pop(done)
+            yield test, done.result()
+            left = f", now {next(iter(waiting.values()))}" if waiting else ""
+            progress(f"{len(tests) - len(waiting)} of {len(tests)} tests done{left}")
+
+
+def _joined(report: EngineReport, found: Sequence[_Found]) -> EngineReport:
+    """``report`` with the results of its engine's processes, in the order of the layouts."""
+    if not found:
+        return report
+    order = [(what, str(layout)) for what in CHECKS for layout in LAYOUTS]
+    checks = sorted((check for one in found for check in one.checks), key=lambda c: order.index((c.what, c.layout)))
+    crash = next((one.crash for one in found if one.crash), "")
+    return replace(report, checks=tuple(checks), crash=crash, seconds=round(max(one.seconds for one in found), 1))
+
+
+def self_test(
+    device: torch.device, engine: str, numerics: str, layouts: Sequence[str] = _ALL, *, processes: int = 1
+) -> tuple[tuple[Check, ...], str]:
+    """(the checks of one engine on ``layouts``, how its process ended where it did not end well).
+
+    ``processes``: as many share the cores.
+    """
+    command = [sys.executable, "-m", "octavo.doctor.selftest", str(device), engine, numerics, *layouts]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return (), f"no answer within {_SECONDS} s"
     checks = tuple(Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{"))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return checks, f"its process ended with {done.returncode}: {last}"
-    if len(checks) != _CHECKS:
-        return checks, f"{len(checks)} of {_CHECKS} checks were made"
+    if len(checks) != (expected := len(CHECKS) * len(layouts)):
+        return checks, f"{len(checks)} of {expected} checks were made"
     return checks, ""
 
 

@@ -1,4 +1,6 @@
-"""``python -m octavo.doctor.selftest DEVICE ENGINE NUMERICS``: one engine against float64, as lines of JSON.
+"""``python -m octavo.doctor.selftest DEVICE ENGINE NUMERICS LAYOUT...``: one engine against float64, as lines of JSON.
+
+``LAYOUT``: ``channel``, ``tensor``, ``block``.
 
 A process of its own: a kernel that breaks the CUDA context, or hangs, takes nothing with it.
 """
@@ -82,15 +84,19 @@ def _limit(engine: str, numerics: str) -> float:
     return _MARGIN * TOLERANCE["bf16" if engine == "dequant" else numerics]
 
 
+CHECKS = {"experts": check_experts, "linear": check_linear}
+
+
 def main() -> None:
     """Print a :class:`Check` for each kind of layer and scale layout."""
-    device, engine, numerics = torch.device(sys.argv[1]), sys.argv[2], sys.argv[3]
-    for check in (check_experts, check_linear):
+    device, engine, numerics, *kinds = torch.device(sys.argv[1]), *sys.argv[2:]
+    for what, check in CHECKS.items():
         for layout in LAYOUTS:
+            if layout.kind not in kinds:
+                continue
             try:
                 done = check(layout, engine, numerics, device)
             except OctavoError as error:
-                what = check.__name__.removeprefix("check_")
                 done = Check(what, str(layout), None, "", _limit(engine, numerics), str(error))
             print(json.dumps(asdict(done)), flush=True)
 
