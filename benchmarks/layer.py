@@ -4,8 +4,8 @@
 
 GPU time under CUDA-graph replay, eager wall time beside it; every engine is compared with float64 first, and no time is
 printed for a wrong one. Weights of one layer (0.6 GB) exceed the L2, so replays find it cold. Baselines in the same
-run: bfloat16 weights with ``F.grouped_mm`` and split LoRA, and the same over a bank that is dequantized whole (one
-Triton pass, or eager torch).
+run: bfloat16 weights with ``F.grouped_mm`` and split LoRA, the same over a bank that is dequantized whole (one Triton
+pass, or eager torch), and transformers' own FP8 experts without LoRA, in blocks, eager, where they can be had.
 """
 
 import argparse
@@ -22,6 +22,10 @@ from torch import Tensor
 
 from benchmarks.compiling import in_pool
 from benchmarks.shapes import FLOOR_MS, MODELS, TOKENS, Model
+from octavo.bench.layer import LayerCase
+from octavo.bench.run import measure, upstream_way
+from octavo.bench.shapes import LayerShape
+from octavo.errors import EngineError
 from octavo.formats.weight import Float8Weight, quantize
 from octavo.ops.engines import Engine
 from octavo.ops.experts import Side, expert_mlp
@@ -240,6 +244,29 @@ def compile_one(job: tuple[str, int, int]) -> None:
     layer.step(lambda: layer.octavo(engine))
 
 
+def upstream_row(model: Model, tokens: int, commit: str) -> dict[str, object] | None:
+    """transformers' own FP8 experts, or None with a line that says why not."""
+    shape = LayerShape(model.name, model.experts, model.top_k, model.hidden, model.intermediate, model.layout)
+    label = f"{model.name:6s} {tokens:6d} {'fp8':9s} {'transformers':12s}"
+    case = LayerCase(shape, tokens, torch.device("cuda"), rank=0)
+    try:
+        way = upstream_way(case)
+    except EngineError as error:
+        print(f"{label} not run: {error}", flush=True)
+        return None
+    [found] = measure(case, [way])
+    if found.row is None:
+        print(f"{label} {found.problem}", flush=True)
+        return None
+    row = found.row | {"commit": commit}
+    print(
+        f"{label} eager {row['eager_ms']:7.3f}  err {row['rel_err']:.1e}  {row['peak_transient_mib']:.0f} MiB  "
+        f"({row['pass']}, {row['layout']} scales, no LoRA)",
+        flush=True,
+    )
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -302,6 +329,8 @@ def main() -> None:
                 )
                 if args.kernels:
                     profiles[label] = kernels_us(step)
+            if row := upstream_row(model, tokens, commit):
+                rows.append(row)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(rows, indent=1) + "\n")
             if args.kernels:

@@ -1,18 +1,22 @@
 """``octavo bench layer``: right before fast, the shapes that it takes, and the rows that it writes."""
 
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from octavo.bench import run
+from octavo.bench import run, upstream
 from octavo.bench.layer import TOLERANCE, LayerCase, baseline, errors
 from octavo.bench.shapes import MODELS, LayerShape, floor_ms, layout_of, shape_of
 from octavo.checkpoint.accounting import open_ledger
 from octavo.cli.main import app
+from octavo.errors import EngineError
 from octavo.ops.choice import select
 from tests.checkpoints import Built
 
@@ -112,3 +116,62 @@ def test_floors_of_one_h200() -> None:
     assert floor_ms(MODELS["glm"], 2048, "NVIDIA GeForce RTX 5090") is None
     # one token: both stacks' codes, twice, at 4.3 TB/s
     assert floor_ms(MODELS["glm"], 1, "NVIDIA H200") == pytest.approx(2 * 604e6 / 4.3e12 * 1e3, rel=0.01)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package in place of the kernel of transformers' FP8 experts, in torch, on the CPU."""
+
+    def grouped(x, codes, scales, offsets, tokens_per_expert, block_size):  # type: ignore[no-untyped-def]
+        bank = codes.float() * scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        ends = offsets.tolist()
+        spans = zip([0, *ends[:-1]], ends, strict=True)
+        parts = [x[start:end].float() @ bank[e].T for e, (start, end) in enumerate(spans)]
+        return torch.cat(parts).to(x.dtype)
+
+    package = ModuleType("finegrained_fp8")
+    package.__spec__ = ModuleSpec("finegrained_fp8", None)
+    package.matmul_2d = package.matmul_batched = None  # type: ignore[attr-defined]
+    package.matmul_grouped = grouped  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "finegrained_fp8", package)
+    monkeypatch.setattr("transformers.integrations.finegrained_fp8._FINEGRAINED_FP8", None)
+    monkeypatch.setattr(upstream, "runs_on", lambda device: True)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_transformers_own_experts_are_a_row() -> None:
+    """The installed transformers takes the weights of the layer, whatever its scales, and computes the same."""
+    case = LayerCase(LayerShape("t", 4, 2, 256, 128, layout_of("channel")), 24, CPU)
+    way = run.upstream_way(case)
+    assert way.passes == "fwd+dx"
+    [found] = run.measure(case, [way])
+    assert found.row is not None, found.problem
+    assert found.row["layout"] == "block"
+    assert found.row["lora_rank"] == 0
+    assert found.row["pass"] == "fwd+dx"
+    assert found.row["rel_err"] < TOLERANCE["bf16"]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_transformers_own_experts_without_backward_are_timed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LayerCase(LayerShape("t", 4, 2, 256, 128, layout_of("block")), 24, CPU)
+    forward = upstream.forward(upstream.experts_case(case))
+    monkeypatch.setattr(upstream, "forward", lambda theirs: lambda: forward().detach())
+    way = run.upstream_way(case)
+    assert way.passes == "fwd"
+    [found] = run.measure(case, [way])
+    assert found.row is not None
+    assert found.row["pass"] == "fwd"
+
+
+def test_transformers_own_experts_say_why_they_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LayerCase(LayerShape("t", 4, 2, 256, 128, layout_of("block")), 24, CPU)
+    with pytest.raises(EngineError, match="needs a GPU"):
+        run.upstream_way(case)
+    monkeypatch.setattr(upstream, "runs_on", lambda device: True)
+    monkeypatch.setattr("transformers.integrations.finegrained_fp8.is_kernels_available", lambda: False)
+    with pytest.raises(EngineError, match="did not load its kernel"):
+        run.upstream_way(case)
+    odd = LayerCase(LayerShape("t", 4, 2, 160, 128, layout_of("channel")), 24, CPU)
+    with pytest.raises(EngineError, match="a width of 160"):
+        run.upstream_way(odd)

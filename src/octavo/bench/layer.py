@@ -5,7 +5,7 @@ Legend: ``T`` tokens, ``E`` experts, ``H`` hidden size, ``I`` expert intermediat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -90,11 +90,15 @@ class LayerCase:
         """The layer on ``engine``."""
         return expert_mlp(self.inputs["x"], self.index, self.inputs["p"], *self.sides(), SWIGLU, engine)
 
-    def step(self, forward: Callable[[], Tensor]) -> Results:
-        """``y`` and each gradient ``d<input>`` of ``forward``."""
-        y = forward()
-        grads = torch.autograd.grad(y, list(self.inputs.values()), self.dy)
-        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(self.inputs, grads, strict=True)}
+    def step(self, forward: Callable[[], Tensor], names: Sequence[str] | None = None) -> Results:
+        """``y`` and the gradient ``d<input>`` of ``forward`` in each of ``names``, all inputs by default; with no name
+        a forward without gradient.
+        """
+        names = list(self.inputs) if names is None else names
+        with torch.set_grad_enabled(bool(names)):
+            y = forward()
+        grads = torch.autograd.grad(y, [self.inputs[name] for name in names], self.dy) if names else ()
+        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
     def exact(self) -> Results:
         """The same in float64, one expert at a time, differentiated by autograd through the dequantized weights."""
@@ -115,10 +119,10 @@ class LayerCase:
 
 
 def errors(want: Results, got: Results) -> dict[str, float]:
-    """Relative Frobenius error of the output and each gradient; infinite where something is not finite."""
+    """Relative Frobenius error of everything in ``got``; infinite where something is not finite."""
     found = {}
-    for name, exact in want.items():
-        error = ((got[name].double() - exact).norm() / exact.norm()).item()
+    for name, value in got.items():
+        error = ((value.double() - want[name]).norm() / want[name].norm()).item()
         found[name] = error if error == error else float("inf")
     return found
 

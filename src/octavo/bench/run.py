@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.bench import upstream
 from octavo.bench.layer import TOLERANCE, LayerCase, baseline, errors
 from octavo.bench.shapes import LayerShape, floor_ms
 from octavo.bench.timing import graph_ms, transient_mib, wall_ms
+from octavo.errors import EngineError
 from octavo.ops.capability import triton_missing
 from octavo.ops.choice import ENGINES, NUMERICS, choose, computes, why_not
 from octavo.ops.dequant import CHUNK_BYTES
@@ -25,7 +27,8 @@ from octavo.ops.hopper.engine import HopperEngine
 @dataclass(frozen=True)
 class Way:
     """One line of the table: ``engine`` is octavo's, or a baseline's name with numerics ``bf16``. ``picked``: by auto.
-    ``captures``: asks the device for no value, so that a CUDA graph takes it.
+    ``captures``: asks the device for no value, so that a CUDA graph takes it. ``case``: the layer, where it is another
+    than that of the others; ``gradients``: of these inputs alone, and with none a forward.
     """
 
     numerics: str
@@ -35,6 +38,15 @@ class Way:
     transposed: str = "none"
     picked: bool = False
     captures: bool = True
+    case: LayerCase | None = None
+    gradients: tuple[str, ...] | None = None
+
+    @property
+    def passes(self) -> str:
+        """What is timed, in the schema of ``benchmarks/results``."""
+        if self.gradients is None:
+            return "fwd+bwd"
+        return "fwd+dx" if self.gradients else "fwd"
 
     @property
     def tolerance(self) -> float:
@@ -61,6 +73,10 @@ def ways(case: LayerCase, numerics: tuple[str, ...] = NUMERICS) -> tuple[list[Wa
     else:
         left.append(("bf16", "bank-triton", "it needs a GPU and triton"))
     found.append(Way("bf16", "bank-eager", lambda: baseline(case, None)))
+    try:
+        found.append(upstream_way(case))
+    except EngineError as error:
+        left.append(("fp8", upstream.NAME, str(error)))
     facts = case.facts
     for mode in numerics:
         auto = choose("auto", mode, facts).at(case.rows_per_expert).name
@@ -87,13 +103,27 @@ def _forward(case: LayerCase, engine: Engine) -> Callable[[], Tensor]:
     return lambda: case.octavo(engine)
 
 
+def upstream_way(case: LayerCase) -> Way:
+    """transformers' own FP8 experts; eager, because their kernel tunes itself as it runs.
+
+    Raises:
+        EngineError: they cannot be had here.
+    """
+    theirs = upstream.experts_case(case)
+    forward = upstream.forward(theirs)
+    return Way(
+        "fp8", upstream.NAME, forward, captures=False, case=theirs, gradients=upstream.gradients(theirs, forward)
+    )
+
+
 def measure(case: LayerCase, chosen: list[Way]) -> Iterator[Measured]:
     """Each way in turn: compared with float64, and timed only where it is right."""
-    want = case.exact()
+    exact = case.exact()
     for way in chosen:
+        want = exact if way.case is None else way.case.exact()
 
         def step(way: Way = way) -> dict[str, Tensor]:
-            return case.step(way.forward)
+            return (way.case or case).step(way.forward, way.gradients)
 
         found = errors(want, step())
         worst = max(found, key=lambda name: found[name])
@@ -101,7 +131,7 @@ def measure(case: LayerCase, chosen: list[Way]) -> Iterator[Measured]:
             limit = f"at most {way.tolerance:.1e}"
             yield Measured(way, None, f"wrong: relative error {found[worst]:.1e} in {worst}, {limit}")
             continue
-        yield Measured(way, _row(case, way, step, found[worst]))
+        yield Measured(way, _row(way.case or case, way, step, found[worst]))
 
 
 def _row(case: LayerCase, way: Way, step: Callable[[], object], error: float) -> dict[str, object]:
@@ -110,7 +140,7 @@ def _row(case: LayerCase, way: Way, step: Callable[[], object], error: float) ->
     eager = wall_ms(step, device)
     captures = device.type == "cuda" and way.captures
     ms = graph_ms(step) if captures else eager
-    floor = floor_ms(case.shape, case.tokens, name)
+    floor = floor_ms(case.shape, case.tokens, name) if way.gradients is None else None
     peak = transient_mib(step, device)
     return {
         "model": case.shape.name,
@@ -119,7 +149,7 @@ def _row(case: LayerCase, way: Way, step: Callable[[], object], error: float) ->
         "numerics": way.numerics,
         "engine": way.engine,
         "lora_rank": case.rank,
-        "pass": "fwd+bwd",
+        "pass": way.passes,
         "ms": round(ms, 4),
         "eager_ms": round(eager, 4),
         "floor_ms": None if floor is None else round(floor, 4),

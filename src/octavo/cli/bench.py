@@ -114,5 +114,6 @@ def _line(found: Measured) -> str:
         return f"  {label} [red]{escape(found.problem)}[/]"
     floor = "" if row["ratio"] is None else f"  {row['ratio']:6.2f} x floor"
     memory = "" if row["peak_transient_mib"] is None else f"  {row['peak_transient_mib']:7.0f} MiB"
+    what = "" if row["pass"] == "fwd+bwd" else f"  ({row['pass']}, {row['layout']} scales, no LoRA, eager)"
     times = f"{row['ms']:9.3f} ms{floor}  eager {row['eager_ms']:9.3f}{memory}"
-    return f"  {label} {times}  error {row['rel_err']:.1e}" + ("  <- auto" if way.picked else "")
+    return f"  {label} {times}  error {row['rel_err']:.1e}" + ("  <- auto" if way.picked else what)

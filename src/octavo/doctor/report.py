@@ -187,11 +187,11 @@ def self_test(
 
     ``processes``: as many share the cores.
     """
-    command = [sys.executable, "-m", "octavo.doctor.selftest", str(device), engine, numerics, *layouts]
     threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    what = [str(device), engine, numerics, str(threads), *layouts]
+    command = [sys.executable, "-m", "octavo.doctor.selftest", *what]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return (), f"no answer within {_SECONDS} s"
     checks = tuple(Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{"))

@@ -1,6 +1,5 @@
-"""``python -m octavo.doctor.selftest DEVICE ENGINE NUMERICS LAYOUT...``: one engine against float64, as lines of JSON.
-
-``LAYOUT``: ``channel``, ``tensor``, ``block``.
+"""One engine against float64, as lines of JSON: ``python -m octavo.doctor.selftest DEVICE ENGINE NUMERICS THREADS
+LAYOUT...``, a layout being ``channel``, ``tensor`` or ``block``.
 
 A process of its own: a kernel that breaks the CUDA context, or hangs, takes nothing with it.
 """
@@ -89,7 +88,8 @@ CHECKS = {"experts": check_experts, "linear": check_linear}
 
 def main() -> None:
     """Print a :class:`Check` for each kind of layer and scale layout."""
-    device, engine, numerics, *kinds = torch.device(sys.argv[1]), *sys.argv[2:]
+    device, engine, numerics, threads, *kinds = torch.device(sys.argv[1]), *sys.argv[2:]
+    torch.set_num_threads(int(threads))
     for what, check in CHECKS.items():
         for layout in LAYOUTS:
             if layout.kind not in kinds:
