@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from octavo.integrations.experts import experts_layout
+from octavo.integrations.taps import Observer
 
 _WRAPPED = ".base_layer"
 
@@ -105,7 +106,7 @@ class ExpertTokens:
         self._counts[layer].scatter_add_(0, slots, weights)
 
 
-class _ExpertsHook:
+class _ExpertsHook(Observer):
     """Hands the chosen experts of one layer to the counter."""
 
     def __init__(self, counter: ExpertTokens, layer: str, num_experts: int, position: int) -> None:
