@@ -10,6 +10,7 @@ from octavo.errors import AdapterError, CheckpointError, ConfigError, EngineErro
 
 if TYPE_CHECKING:
     from octavo import demo
+    from octavo.integrations.compiled import compile_layers
     from octavo.integrations.lora_config import lora_config
     from octavo.integrations.transformers import configure, describe, enabled, load_model
 
@@ -22,6 +23,7 @@ __all__ = [
     "EngineError",
     "OctavoError",
     "__version__",
+    "compile_layers",
     "configure",
     "demo",
     "describe",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "compile_layers": "octavo.integrations.compiled",
     "configure": "octavo.integrations.transformers",
     "describe": "octavo.integrations.transformers",
     "enabled": "octavo.integrations.transformers",

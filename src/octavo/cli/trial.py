@@ -22,6 +22,9 @@ def trial(
     adapter_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit or sgd.")] = "adamw",
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers of octavo's rows, on a GPU.")
+    ] = True,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a row; the first two are not counted.")] = 6,
     profile: Annotated[bool, typer.Option(help="Say by kind of kernel where a step's time goes.")] = False,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all rows.")] = 3600.0,
@@ -52,6 +55,7 @@ def trial(
             adapter_dtype=adapter_dtype,  # type: ignore[arg-type]
             optimizer=optimizer,  # type: ignore[arg-type]
             offload_hidden_states=offload_hidden_states,
+            compile=compile_layers,
             steps=steps,
             profile=profile,
         )

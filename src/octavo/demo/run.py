@@ -89,6 +89,8 @@ def demo_config(model: str, out: Path, *, steps: int) -> SftConfig:
                 "logging_steps": 5,
                 "eval_on_start": True,
                 "keep_checkpoints": 1,
+                # takes longer than these steps
+                "compile": False,
                 "resume": "never",
             },
             "out": str(out),

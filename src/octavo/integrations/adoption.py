@@ -67,6 +67,30 @@ def _adopt_layer(layer: Any, base: nn.Module) -> None:
         )
 
 
+def adopt_plain(layer: Any) -> None:
+    """Let ``layer``, if it is a stock ``ParamWrapper`` over the weight of a plain linear layer, add ``B(A(x))``.
+
+    Stock puts a parametrization on the weight in each forward and builds W + BA, which a compiled graph cannot hold.
+    :func:`release_plain` takes it back.
+    """
+    if type(layer) is StockParamWrapper and type(layer.get_base_layer()) is nn.Linear:
+        layer.__class__ = _subclass(_OnOutput, StockParamWrapper)
+
+
+def release_plain(layer: nn.Module) -> None:
+    """Undo :func:`adopt_plain`."""
+    if isinstance(layer, _OnOutput):
+        layer.__class__ = StockParamWrapper
+
+
+class _OnOutput:
+    """A ``lora.ParamWrapper`` over a plain weight [out, in] that computes as ``lora.Linear``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = StockLinear.forward(self, x, *args, **kwargs)
+        return output
+
+
 def _check_parameter(base: nn.Module, name: str) -> None:
     names = base.experts_layout.names if isinstance(base, OctavoExperts) else ("weight",)
     if name not in names:

@@ -6,9 +6,10 @@ FP8 products stay the operators that they are. What is compiled is the inside of
 hooks on the layer and everything outside of it work as before.
 """
 
+import sys
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,18 +33,27 @@ class CompiledLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own class."""
         if self.training and kwargs.get("past_key_values") is None:
+            modules, anew = self._taps.modules(self)
+            # whoever has wrappers of peft has imported it
+            if anew and "peft" in sys.modules:
+                from octavo.integrations.adoption import adopt_plain
+
+                for _, module in modules:
+                    adopt_plain(module)
             ran, output = self._taps.run(self, self._region, args, kwargs)
             if ran:
                 return output
         return self._own.forward(self, *args, **kwargs)
 
 
-def compile_layers(model: nn.Module, on: bool = True) -> nn.Module:
+def compile_layers(model: nn.Module, on: bool = True, *, backend: str = "inductor") -> nn.Module:
     """Run the decoder layers of ``model`` as compiled graphs while they train; ``on=False`` takes that back.
 
     Compiling happens in the first training step, once per kind of layer, and once more when the length of the rows
     first changes. Outputs and gradients are those of the eager layer up to rounding: between elementwise operations a
-    compiled graph rounds less often. Parameters, their names and the class names of the layers stay. Returns ``model``.
+    compiled graph rounds less often. LoRA that peft put on the weight of an unquantized linear layer by
+    ``target_parameters`` is added to the layer's output and no longer to the weight. Parameters, their names and the
+    class names of the layers stay. ``backend``: of ``torch.compile``. Returns ``model``.
 
     Raises :class:`octavo.errors.EngineError` where ``model`` has no layer that can be compiled.
     """
@@ -60,27 +70,32 @@ def compile_layers(model: nn.Module, on: bool = True) -> nn.Module:
             # a layer of another kind would be a recompilation, of which torch allows a few for each piece of code
             kind = tuple((name, type(module)) for name, module in layer.named_modules())
             if kind not in regions:
-                regions[kind] = _compiled()
+                regions[kind] = _compiled(backend)
             layer.__class__ = _subclass(type(layer))
             layer.__dict__["_region"], layer.__dict__["_taps"] = regions[kind], Taps()
     return model
 
 
-def is_compiled(layer: nn.Module) -> bool:
-    """Whether :func:`compile_layers` is on for ``layer``."""
-    return isinstance(layer, CompiledLayer)
+def compiled_layers(model: nn.Module) -> list[str]:
+    """The names of the layers of ``model`` for which :func:`compile_layers` is on."""
+    return [name for name, module in model.named_modules() if isinstance(module, CompiledLayer)]
 
 
 def _restore(layer: nn.Module) -> None:
     if isinstance(layer, CompiledLayer):
-        layer.__class__ = layer._own
+        layer.__class__ = layer._own  # type: ignore[assignment]
         del layer.__dict__["_region"], layer.__dict__["_taps"]
+        if "peft" in sys.modules:
+            from octavo.integrations.adoption import release_plain
+
+            for module in layer.modules():
+                release_plain(module)
 
 
-def _compiled() -> Callable[..., Any]:
+def _compiled(backend: str) -> Callable[..., Any]:
     """A compiled function with recompilations of its own: torch counts them by code object."""
     own = types.FunctionType(_region.__code__.replace(), globals(), "layer")
-    return cast(Callable[..., Any], torch.compile(own))
+    return torch.compile(own, backend=backend)
 
 
 def _region(layer: Any, taps: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from octavo.integrations.compiled import compiled_layers
 from octavo.nn.experts import OctavoExperts
 from octavo.nn.linear import Float8Linear
 
@@ -30,9 +31,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """What :func:`describe` found; ``str()`` of it is the table."""
+    """What :func:`describe` found; ``str()`` of it is the table.
+
+    ``compiled``: the decoder layers that run as compiled graphs while they train, as ``0-46``; empty for none.
+    """
 
     rows: tuple[Row, ...]
+    compiled: str = ""
 
     def __str__(self) -> str:
         header = ("module", "layers", "modules", "storage", "engine", "numerics", "size", "trains")
@@ -50,9 +55,12 @@ class Description:
             for r in self.rows
         ]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-        return "\n".join(
+        lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        )
+        ]
+        if self.compiled:
+            lines.append(f"layers {self.compiled} run as compiled graphs while they train (octavo.compile_layers)")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,8 @@ def describe(model: nn.Module) -> Description:
                 trains[key],
             )
             for key, count in counts.items()
-        )
+        ),
+        _ranges([int(name.rpartition(".")[2]) for name in compiled_layers(model)]) if compiled_layers(model) else "",
     )
 
 

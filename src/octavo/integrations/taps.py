@@ -7,7 +7,7 @@ they are taken off, a tap in their place keeps what they would get, and they are
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,19 +43,27 @@ class Taps:
         self._before: tuple[str, ...] = ()
         self._after: tuple[str, ...] = ()
 
+    def modules(self, layer: nn.Module) -> tuple[Sequence[tuple[str, nn.Module]], bool]:
+        """What is inside ``layer``, by name, and whether that was looked up anew: something may have been added."""
+        if self._seen == _registrations:
+            return self._modules, False
+        self._modules, self._seen = list(layer.named_modules())[1:], _registrations
+        return self._modules, True
+
     def run(self, layer: nn.Module, region: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
         """``region(layer, taps, *args, **kwargs)`` with taps for hooks, then the hooks: (whether it ran, its output).
 
         It does not run where a hook inside ``layer`` is not known to change nothing.
         """
-        hooked = self._hooked(layer)
+        modules, _ = self.modules(layer)
+        hooked = [(name, module) for name, module in modules if _has_hooks(module)]
         if not all(_only_reads(module) for _, module in hooked):
             return False, None
         self._before = _union(self._before, (name for name, module in hooked if module._forward_pre_hooks))
         self._after = _union(self._after, (name for name, module in hooked if _collects_now(module)))
         if not hooked and not self._before and not self._after:
             return True, region(layer, (), *args, **kwargs)
-        touched = {name: module for name, module in self._modules if name in (*self._before, *self._after)}
+        touched = {name: module for name, module in modules if name in (*self._before, *self._after)}
         touched.update(hooked)
         kept = [(module, [getattr(module, hooks) for hooks in _HOOKS]) for module in touched.values()]
         for name, module in touched.items():
@@ -71,12 +79,6 @@ class Taps:
         for module in touched.values():
             _replay(module)
         return True, output
-
-    def _hooked(self, layer: nn.Module) -> list[tuple[str, nn.Module]]:
-        if self._seen != _registrations:
-            self._modules = list(layer.named_modules())[1:]
-            self._seen = _registrations
-        return [(name, module) for name, module in self._modules if _has_hooks(module)]
 
 
 def _count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

@@ -34,6 +34,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "warmup_ratio": ("train.warmup",),
     "optim": ("train.optimizer",),
     "attn_implementation": ("model.attention",),
+    "torch_compile": ("train.compile",),
     "activation_offloading": ("train.offload_hidden_states",),
     "autocast_adapter_dtype": ("lora.dtype",),
     "save_steps": ("train.save_every",),
@@ -181,6 +182,10 @@ class TrainSection(OptimizationSection):
 
     batch_size: int = Field(1, ge=1, description="Examples per device and forward.")
     grad_accumulation: int = Field(1, ge=1, description="Forwards per optimizer step.")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="Decoder layers as compiled graphs while they train; `auto`: on a GPU. Step one takes a minute.",
+    )
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
     eval_on_start: bool = Field(False, description="Evaluate once before the first step.")
     early_stopping: int | None = Field(

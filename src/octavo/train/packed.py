@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from octavo.errors import ConfigError
@@ -104,14 +105,16 @@ def _takes_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
     )
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+# Looked up here, because a compiled layer cannot.
+_VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
     q_THD, k_THD, v_THD = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     options: dict[str, Any] = {}
     groups = query.shape[1] // key.shape[1]
     # Releases differ: some want to be told that keys are shared, others have no word for it.
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if groups > 1 and _VARLEN_SHARES_KEYS:
         options["enable_gqa"] = True
     elif groups > 1:
         k_THD, v_THD = (tensor.repeat_interleave(groups, 1) for tensor in (k_THD, v_THD))

@@ -66,6 +66,7 @@ class Run(BaseRun):
             stop_on_nan=config.train.stop_on_nan,
             adapter_dtype=getattr(torch, config.lora.dtype),
             offload_hidden_states=config.train.offload_hidden_states,
+            compile_layers=args.device.type == "cuda" if config.train.compile == "auto" else config.train.compile,
         )
         if args.device.type == "cuda" and config.model.dtype == "bfloat16":
             self._plan(self.trainer)

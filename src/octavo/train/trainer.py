@@ -12,6 +12,7 @@ import trl
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+import octavo
 from octavo.errors import ConfigError
 from octavo.train.data import Examples
 from octavo.train.example import IGNORED
@@ -58,6 +59,7 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         stop_on_nan: bool = True,
         adapter_dtype: torch.dtype = torch.float32,
         offload_hidden_states: bool = False,
+        compile_layers: bool = False,
     ) -> None:
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
@@ -72,6 +74,8 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         )
         self._adapter_dtype = adapter_dtype
         _cast_adapters(self.model, adapter_dtype)
+        if compile_layers:
+            octavo.compile_layers(self.model)
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)

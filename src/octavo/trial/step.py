@@ -40,7 +40,7 @@ _TARGETS = {"attention": ("attention",), "experts": ("attention", "experts")}
 @dataclass(frozen=True)
 class Row:
     """What to measure. ``numerics`` ``bf16``: the plain model of the same config on transformers' own experts, made in
-    memory; the others are octavo's, on the checkpoint.
+    memory, never compiled; the others are octavo's, on the checkpoint. ``compile``: on a GPU, as `octavo sft` does.
     """
 
     checkpoint: str
@@ -54,6 +54,7 @@ class Row:
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: Optimizer = "adamw"
     offload_hidden_states: bool = False
+    compile: bool = True
     steps: int = 6
     profile: bool = False
     with_plan: bool = True
@@ -89,6 +90,9 @@ def measure(row: Row) -> dict[str, Any]:
     loaded = _allocated(where)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     tuned = _adapted(model, row)
+    compiled = row.compile and row.numerics != "bf16" and where.type == "cuda"
+    if compiled:
+        octavo.compile_layers(tuned)
     optimizer = _optimizer(row, [p for p in tuned.parameters() if p.requires_grad])
     offload = HiddenStatesOnHost(tuned.parameters(), where) if row.offload_hidden_states else None
     generator = torch.Generator(where).manual_seed(0)
@@ -129,6 +133,7 @@ def measure(row: Row) -> dict[str, Any]:
         "optimizer": row.optimizer,
         "adapter_dtype": row.adapter_dtype,
         "offload_hidden_states": row.offload_hidden_states,
+        "compile": compiled,
         "tokens_per_s": row.batch * row.seq / typical,
         "step_ms": 1e3 * typical,
         "step_ms_all": [1e3 * second for second in seconds],
