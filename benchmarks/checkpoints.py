@@ -476,12 +476,16 @@ def write(
 
     ``layers``: as many from the first, all by default. ``tiny``: sizes for a CPU.
     """
-    kind = resolve(name, layers=layers, tiny=tiny)
+    return write_kind(resolve(name, layers=layers, tiny=tiny), folder, shard_bytes=shard_bytes, seed=seed)
+
+
+def write_kind(kind: Kind, folder: Path, *, shard_bytes: int = SHARD_BYTES, seed: int = 0) -> int:
+    """Write a checkpoint of ``kind`` and return the bytes of its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     quantization = quantization_config(kind)
     (folder / "config.json").write_text(json.dumps({**kind.sizes, "quantization_config": quantization}, indent=2))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(octavo.demo.checkpoint("glm-tiny" if name == "glm" else "qwen-tiny") / file, folder / file)
+        shutil.copy(octavo.demo.checkpoint("glm-tiny" if kind.name == "glm" else "qwen-tiny") / file, folder / file)
     files = shards((entry for stack in stacks(kind) for entry in entries(kind, stack)), shard_bytes)
     total = sum(entry.nbytes for held in files for entry in held)
     if shutil.disk_usage(folder).free < total:

@@ -1,6 +1,8 @@
 """Fine-tune both small real models for 200 steps in FP8 and dequantized to bf16, and plot the losses.
 
-python -m benchmarks.curves --out docs
+    python -m benchmarks.curves --out docs
+
+``benchmarks.engine_curves`` compares engines with the reference in the same way.
 """
 
 import argparse
