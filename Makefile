@@ -14,6 +14,11 @@ NEW = .venv/.installed
 LOWEST = .venv-lowest/.installed
 KERNELS = .kernels/.installed
 
+GPU_JOBS ?= 12
+SIDE_BY_SIDE = $(PYTHON) -c 'import os; from importlib.util import find_spec; \
+	jobs = min($(GPU_JOBS), os.cpu_count() or 1); \
+	print(f"-n {jobs} --dist worksteal" if jobs > 1 and find_spec("xdist") else "")'
+
 .PHONY: help demo test test-full test-lowest test-kernels check check-format check-lint check-types format gpu-test gpu-bench clean
 .DELETE_ON_ERROR:
 
@@ -63,9 +68,10 @@ format: $(NEW)
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-# A GPU machine brings its own torch, built for its driver, so these two install nothing.
+# A GPU machine brings its own torch, built for its driver, so these two install nothing. Most of the time of the tests is
+# compiling kernels, one process each: with pytest-xdist processes share the GPU, and Triton's and octavo's caches.
 gpu-test:
-	$(OFFLINE) PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+	$(OFFLINE) PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu $$($(SIDE_BY_SIDE)) $(ARGS)
 
 gpu-bench:
 	$(OFFLINE) PYTHONPATH=src $(PYTHON) -m benchmarks $(ARGS)

@@ -16,9 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 import peft
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from octavo.nn.settings import Settings
 from octavo.ops.choice import why_not
 from tests.curves import worst_difference
 
-matplotlib.use("Agg")
 WINDOW = 10
 LIMIT = {"exact": 0.01, "fp8_grad": 0.02, "fp8": 0.02}
 REAL = ("glm-tiny", "qwen-tiny")
@@ -129,7 +128,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--plot", action="store_true", help="only draw what engine-curves.json in OUT holds")
     args = parser.parse_args()
+    if args.plot:
+        plot(json.loads((args.out / "engine-curves.json").read_text()), args.out / "engine-curves.png")
+        return
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
@@ -154,12 +157,18 @@ def main() -> None:
                 )
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / "engine-curves.json").write_text(json.dumps(results) + "\n")
-    plot(results, args.out / "engine-curves.png")
+    if find_spec("matplotlib"):
+        plot(results, args.out / "engine-curves.png")
+    else:
+        print("no plot: matplotlib is not installed; run with --plot where it is")
     if any(result["worst_difference"] > result["limit"] for result in results):
         raise SystemExit("curves part by more than is allowed")
 
 
 def plot(results: list[dict], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(result["model"] for result in results))

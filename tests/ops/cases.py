@@ -11,6 +11,7 @@ from octavo.formats.weight import Float8Weight, quantize
 from octavo.ops.engines import Engine
 from octavo.ops.experts import Side, expert_mlp
 from octavo.ops.gates import SWIGLU, Gate
+from octavo.ops.kept import Activations
 from octavo.ops.weights import WeightSpec, storage
 
 CHANNEL = ScaleLayout("channel")
@@ -79,11 +80,11 @@ class Case:
         return Side(spec, codes.view(torch.uint8), scales, bias, lora_A, lora_B)
 
 
-def run(case: Case, engine: Engine, gate: Gate = SWIGLU) -> dict[str, Tensor]:
+def run(case: Case, engine: Engine, gate: Gate = SWIGLU, activations: Activations = "bf16") -> dict[str, Tensor]:
     """The output ``y`` and each gradient ``d<input>`` of octavo's expert MLP."""
     x, p = case.inputs["x"], case.inputs["p"]
     up, down = case.side("up", case.up), case.side("down", case.down)
-    y = expert_mlp(x, case.index_TK, p, up, down, gate, engine)
+    y = expert_mlp(x, case.index_TK, p, up, down, gate, engine, activations)
     grads = torch.autograd.grad(y, list(case.inputs.values()), case.dy)
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(case.inputs, grads, strict=True)}
 

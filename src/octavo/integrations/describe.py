@@ -25,6 +25,8 @@ class Row:
     storage: str
     engine: str
     numerics: str
+    activations: str
+    """In what they are kept for backward: ``bf16`` (as computed) or ``fp8`` in routed experts, ``-`` elsewhere."""
     gigabytes: float
     trains: int
 
@@ -40,7 +42,7 @@ class Description:
     compiled: str = ""
 
     def __str__(self) -> str:
-        header = ("module", "layers", "modules", "storage", "engine", "numerics", "size", "trains")
+        header = ("module", "layers", "modules", "storage", "engine", "numerics", "kept", "size", "trains")
         table = [header] + [
             (
                 r.module,
@@ -49,6 +51,7 @@ class Description:
                 r.storage,
                 r.engine,
                 r.numerics,
+                r.activations,
                 _size(r.gigabytes),
                 f"{r.trains:,}" if r.trains else "-",
             )
@@ -69,6 +72,7 @@ class _Key:
     storage: str
     engine: str
     numerics: str
+    activations: str
 
 
 def describe(model: nn.Module) -> Description:
@@ -107,6 +111,7 @@ def describe(model: nn.Module) -> Description:
                 key.storage,
                 key.engine,
                 key.numerics,
+                key.activations,
                 gigabytes[key],
                 trains[key],
             )
@@ -139,15 +144,15 @@ def _activations(model: nn.Module) -> torch.dtype | None:
     return next(frozen, None)
 
 
-def _facts(module: nn.Module, dtype: torch.dtype | None) -> tuple[str, str, str]:
+def _facts(module: nn.Module, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
     if isinstance(module, OctavoExperts):
         device = module.get_parameter(module.experts_layout.down_name).device
         chosen = module.settings.choose(module.layer(device, dtype))
-        return module.storage_name(), str(chosen), module.settings.numerics
+        return module.storage_name(), str(chosen), module.settings.numerics, module.settings.activations
     if isinstance(module, Float8Linear):
-        return f"FP8 {module.layout}", str(module.settings.choose(module.layer(dtype))), module.settings.numerics
+        return f"FP8 {module.layout}", str(module.settings.choose(module.layer(dtype))), module.settings.numerics, "-"
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters(recurse=False)})
-    return ", ".join(dtypes), "torch", "-"
+    return ", ".join(dtypes), "torch", "-", "-"
 
 
 def _size(gigabytes: float) -> str:

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.checkpoint.accounting import Ledger, open_ledger
 from octavo.checkpoint.values import check_codes, check_scales
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, EngineError
 from octavo.integrations import conversions
 from octavo.integrations.claims import Claims, Float8Target, claim
 from octavo.integrations.experts import experts_layout, gate_of, why_not_ours
@@ -29,6 +29,7 @@ from octavo.nn.experts import DenseExperts, Float8Experts, OctavoExperts, adopt_
 from octavo.nn.linear import Float8Linear
 from octavo.nn.settings import Settings
 from octavo.nn.storage import unsealed
+from octavo.ops.kept import Activations
 
 logger = logging.getLogger("octavo")
 
@@ -329,22 +330,54 @@ def _check_engines(model: nn.Module, settings: Settings) -> None:
             settings.choose(module.layer(None))
 
 
-def configure(model: nn.Module, *, numerics: str | None = None, engine: str | None = None) -> nn.Module:
-    """Change how a loaded model computes: ``numerics`` (exact, fp8_grad, fp8) and ``engine``; ``None`` leaves one as
-    it is.
+def configure(
+    model: nn.Module,
+    *,
+    numerics: str | None = None,
+    engine: str | None = None,
+    activations: Activations | None = None,
+) -> nn.Module:
+    """Change how a loaded model computes: ``numerics`` (exact, fp8_grad, fp8), ``engine``, and in what routed experts
+    keep ``activations`` for backward (bf16, fp8); ``None`` leaves one as it is.
 
     Works under peft wrappers too. Experts of a plain model that plain transformers loaded are put on octavo's forward
     first. Returns ``model``. Raises :class:`octavo.errors.EngineError` before anything changes.
     """
     ours = [module for module in model.modules() if isinstance(module, OctavoExperts | Float8Linear)]
     before = ours[0].settings if ours else Settings()
-    _check_engines(model, Settings(numerics or before.numerics, engine or before.engine))
+
+    def changed(old: Settings) -> Settings:
+        return Settings(numerics or old.numerics, engine or old.engine, activations or old.activations)
+
+    _check_engines(model, changed(before))
     adopt_dense_experts(model, before)
+    if activations == "fp8":
+        require_experts(model)
     for module in model.modules():
         if isinstance(module, OctavoExperts | Float8Linear):
-            old = module.settings
-            module.settings = Settings(numerics or old.numerics, engine or old.engine)
+            module.settings = changed(module.settings)
     return model
 
 
-__all__ = ["OctavoConfig", "OctavoQuantizer", "adopt_dense_experts", "check_values", "configure", "prepare"]
+def require_experts(model: nn.Module) -> None:
+    """Refuse activations in FP8 where nothing would be kept so.
+
+    Raises:
+        EngineError: ``model`` has no routed experts on octavo's forward.
+    """
+    if not any(isinstance(module, OctavoExperts) for module in model.modules()):
+        raise EngineError(
+            f"activations='fp8' is about what routed experts keep for backward, and {type(model).__name__} has none on "
+            "octavo's forward. Leave it at 'bf16'."
+        )
+
+
+__all__ = [
+    "OctavoConfig",
+    "OctavoQuantizer",
+    "adopt_dense_experts",
+    "check_values",
+    "configure",
+    "prepare",
+    "require_experts",
+]

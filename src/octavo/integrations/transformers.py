@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.quantizers import auto
 
 from octavo.checkpoint.accounting import open_ledger
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, EngineError
 from octavo.formats.scheme import is_fp8
 from octavo.integrations.describe import describe
 from octavo.integrations.quantizer import (
@@ -26,8 +26,10 @@ from octavo.integrations.quantizer import (
     OctavoQuantizer,
     configure,
     prepare,
+    require_experts,
 )
 from octavo.nn.settings import Settings
+from octavo.ops.kept import Activations
 
 __all__ = ["configure", "describe", "enabled", "find_checkpoint", "load_model"]
 
@@ -40,6 +42,7 @@ def load_model(
     *,
     numerics: str = "exact",
     engine: str = "auto",
+    activations: Activations = "bf16",
     dtype: torch.dtype = torch.bfloat16,
     device_map: str | dict[str, Any] | torch.device | None = None,
     revision: str | None = None,
@@ -51,7 +54,8 @@ def load_model(
 
     ``path_or_id``: a folder, or a hub id (downloaded with progress at ``revision``, with ``token``). ``numerics``:
     exact, fp8_grad or fp8.
-    ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts. ``dtype``: of
+    ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts.
+    ``activations``: in what routed experts keep theirs for backward, as computed (``bf16``) or in FP8. ``dtype``: of
     activations and of everything unquantized. ``device_map``: as in transformers; ``None`` places the model on the
     current accelerator, or the CPU.
 
@@ -60,7 +64,11 @@ def load_model(
 
     Raises :class:`octavo.errors.CheckpointError`, with nothing left loaded, and :class:`octavo.errors.EngineError`.
     """
-    settings = Settings(numerics, "auto" if engine == "stock" else engine)
+    if engine == "stock" and activations == "fp8":
+        raise EngineError(
+            "transformers' own experts (engine='stock') cannot keep activations in FP8; leave one of both."
+        )
+    settings = Settings(numerics, "auto" if engine == "stock" else engine, activations)
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
     ledger = open_ledger(folder)
     try:
@@ -89,7 +97,7 @@ def load_model(
             {
                 "quant_method": PRIVATE_METHOD,
                 "raw": dict(ledger.scheme.raw),
-                "settings": [settings.numerics, settings.engine],
+                "settings": [settings.numerics, settings.engine, settings.activations],
             },
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -102,6 +110,8 @@ def load_model(
     )
     if ledger.scheme is None and engine != "stock":
         prepare(model, settings)
+    if activations == "fp8":
+        require_experts(model)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
     return model
 

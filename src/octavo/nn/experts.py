@@ -82,6 +82,7 @@ class OctavoExperts(nn.Module):
             down,
             self.gate,
             self._engine(x, up, down, top_k_index.numel()),
+            self.settings.activations,
         )
         return y_TH.view(hidden_states.shape).to(hidden_states.dtype)
 

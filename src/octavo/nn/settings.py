@@ -6,11 +6,13 @@ import torch
 
 from octavo.errors import EngineError
 from octavo.ops.choice import Choice, Layer, Request, check, choose
+from octavo.ops.kept import ACTIVATIONS, Activations
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``numerics`` (exact, fp8_grad, fp8) and the ``engine`` asked for (auto, or one by name).
+    """``numerics`` (exact, fp8_grad, fp8), the ``engine`` asked for (auto, or one by name), and in what routed experts
+    keep their ``activations`` for backward: ``bf16`` as they were computed, ``fp8`` in E4M3.
 
     Raises :class:`octavo.errors.EngineError` when no such engine computes these numerics anywhere; whether it can on a
     layer is known with the layer's device, see :meth:`choose`.
@@ -18,8 +20,11 @@ class Settings:
 
     numerics: str = "exact"
     engine: str = "auto"
+    activations: Activations = "bf16"
 
     def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise EngineError(f"activations {self.activations!r} is none of {', '.join(ACTIVATIONS)}.")
         check(self.engine, self.numerics)
 
     def choose(self, layer: Layer) -> Choice:
@@ -40,7 +45,8 @@ class Settings:
             chosen = str(self.choose(layer)) + (" (auto)" if self.engine == "auto" else "")
         except EngineError as error:
             chosen = f"{self.engine} ({error})"
-        return f"numerics={self.numerics}, engine={chosen}"
+        kept = ", activations=fp8" if self.activations == "fp8" and layer.kind == "experts" else ""
+        return f"numerics={self.numerics}, engine={chosen}{kept}"
 
 
 @dataclass

@@ -14,10 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from octavo.errors import EngineError
 from octavo.ops import operators, stages
 from octavo.ops.choice import Request, experts_layer, select
 from octavo.ops.engines import Engine
 from octavo.ops.gates import Gate
+from octavo.ops.kept import Activations, grow, shrink
 from octavo.ops.routing import Routing
 from octavo.ops.weights import WeightSpec
 
@@ -47,12 +49,13 @@ class Side:
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """The static half of the call: how to read both weights, the gate and the engine."""
+    """The static half of the call: how to read both weights, the gate, the engine, and in what x and z are kept."""
 
     up: WeightSpec
     down: WeightSpec
     gate: Gate
     engine: Engine | Request
+    activations: Activations = "bf16"
 
     @property
     def flat(self) -> list[int]:
@@ -61,18 +64,26 @@ class MlpSpec:
 
 
 def expert_mlp(
-    x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, up: Side, down: Side, gate: Gate, engine: Engine | Request
+    x_TH: Tensor,
+    index_TK: Tensor,
+    p_TK: Tensor,
+    up: Side,
+    down: Side,
+    gate: Gate,
+    engine: Engine | Request,
+    activations: Activations = "bf16",
 ) -> Tensor:
     """Route, gather, up (+LoRA), gate, down (+LoRA), combine: [T, H] in the dtype of ``x_TH``.
 
     ``index_TK``: chosen experts, integer, ids ≥ E are off-rank and contribute nothing. ``p_TK``: their weights.
     ``engine``: one that was chosen, or a request by name; a compiled graph knows an engine by its name alone.
+    ``activations``: ``fp8`` keeps x and z for backward in E4M3, with a scale per row; forward is the same.
     Differentiable in ``x_TH``, ``p_TK``, the factors, the biases and unquantized weights. Keeps x, z, x·A, h·A and the
     routing for backward, never a dequantized weight; without gradient it keeps nothing.
     """
     sides = [*up.tensors, *down.tensors]
     if torch.compiler.is_compiling():
-        return _traced(x_TH, index_TK, p_TK, sides, MlpSpec(up.spec, down.spec, gate, engine))
+        return _traced(x_TH, index_TK, p_TK, sides, MlpSpec(up.spec, down.spec, gate, engine, activations))
     if isinstance(engine, Request):
         weights = ((up.spec, up.weight.shape), (down.spec, down.weight.shape))
         layer = experts_layer(x_TH.device, x_TH.dtype, weights, bias=up.bias is not None)
@@ -81,7 +92,7 @@ def expert_mlp(
         halves = stages.projection(up.spec, sides[:_SIDE]), stages.projection(down.spec, sides[_SIDE:])
         return stages.inference(engine, x_TH, index_TK, p_TK, *halves, gate)
     routing = engine.route(index_TK, up.weight.shape[0])
-    spec = MlpSpec(up.spec, down.spec, gate, engine)
+    spec = MlpSpec(up.spec, down.spec, gate, engine, activations)
     output: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
         spec, x_TH, p_TK, routing.token_M, routing.row_TK, routing.offsets_E, *sides
     )
@@ -104,19 +115,23 @@ class ExpertMlp(torch.autograd.Function):
         halves = stages.projection(spec.up, sides[:_SIDE]), stages.projection(spec.down, sides[_SIDE:])
         out = stages.forward(spec.engine, x_TH, p_TK, routing, *halves, spec.gate)
         ctx.spec = spec
-        ctx.save_for_backward(x_TH, p_TK, out.z_MG, out.xa_MR, out.ha_MR, *tensors)
+        kept = _keep(spec, x_TH, out.z_MG)
+        ctx.save_for_backward(p_TK, out.xa_MR, out.ha_MR, *tensors, *kept)
         return out.y_TH
 
     @staticmethod
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         spec: MlpSpec = ctx.spec
-        x_TH, p_TK, z_MG, xa_MR, ha_MR, *tensors = ctx.saved_tensors
+        p_TK, xa_MR, ha_MR, *rest = ctx.saved_tensors
+        tensors, kept = rest[: 3 + 2 * _SIDE], rest[3 + 2 * _SIDE :]
+        x_TH, z_MG = _kept(spec, kept, dy_TH.dtype)
         # needs_input_grad follows forward's arguments: spec, x, p, three of routing, then five per projection
         wants = [*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[6:]]
         sides = tensors[3 : 3 + _SIDE], tensors[3 + _SIDE :]
         assert not isinstance(spec.engine, Request)
         # z is the largest thing that a layer keeps; where the graph is not kept, its gradient takes its place
-        spend = not torch._C._autograd._get_current_graph_task_keep_graph()
+        fresh = spec.activations == "fp8"
+        spend = fresh or not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = stages.backward(
             spec.engine,
             dy_TH,
@@ -130,9 +145,25 @@ class ExpertMlp(torch.autograd.Function):
             wants,
             spend=spend,
         )
-        if spend:
+        if spend and not fresh:
             torch.autograd.graph.increment_version(z_MG)
         return (None, grads.x, grads.p, None, None, None, *grads.up, *grads.down)
+
+
+def _keep(spec: MlpSpec, x_TH: Tensor, z_MG: Tensor) -> list[Tensor]:
+    """What is kept of x and z: themselves, or their codes and scales."""
+    if spec.activations == "bf16":
+        return [x_TH, z_MG]
+    return [*shrink(x_TH), *shrink(z_MG)]
+
+
+def _kept(spec: MlpSpec, kept: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x_TH, z_MG) of what :func:`_keep` kept."""
+    if spec.activations == "bf16":
+        x_TH, z_MG = kept
+        return x_TH, z_MG
+    x_codes, x_scales, z_codes, z_scales = kept
+    return grow(x_codes, x_scales, dtype), grow(z_codes, z_scales, dtype)
 
 
 def _routing(tensors: tuple[Tensor | None, ...]) -> Routing:
@@ -145,6 +176,11 @@ def _routing(tensors: tuple[Tensor | None, ...]) -> Routing:
 
 def _traced(x_TH: Tensor, index_TK: Tensor, p_TK: Tensor, sides: list[Tensor | None], spec: MlpSpec) -> Tensor:
     """The layer in a compiled graph. A gate that no operator can name is traced, between two operators."""
+    if spec.activations == "fp8" and not operators.has_operator(spec.gate):
+        raise EngineError(
+            f"activations 'fp8' cannot be compiled with the gate {spec.gate.name!r}, which keeps its own input. Set "
+            "activations to 'bf16', or do not compile this layer."
+        )
     if operators.has_operator(spec.gate):
         if not torch.is_grad_enabled():
             how = (spec.gate.name, spec.engine.name, spec.engine.numerics)
@@ -163,14 +199,17 @@ class TracedMlp(torch.autograd.Function):
         how = (spec.gate.name, spec.engine.name, spec.engine.numerics)
         y_TH: Tensor
         y_TH, *kept = operators.mlp(x_TH, index_TK, p_TK, list(sides), spec.flat, *how)
+        z_MG, *rest = kept
         ctx.spec = spec
-        ctx.save_for_backward(x_TH, p_TK, *kept, *sides)
+        ctx.save_for_backward(p_TK, *rest, *sides, *_keep(spec, x_TH, z_MG))
         return y_TH
 
     @staticmethod
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         spec: MlpSpec = ctx.spec
-        x_TH, p_TK, z_MG, xa_MR, ha_MR, token_M, row_TK, offsets_E, *sides = ctx.saved_tensors
+        p_TK, xa_MR, ha_MR, token_M, row_TK, offsets_E, *rest = ctx.saved_tensors
+        sides, kept = rest[: 2 * _SIDE], rest[2 * _SIDE :]
+        x_TH, z_MG = _kept(spec, kept, dy_TH.dtype)
         wants = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
         found = operators.mlp_backward(
             dy_TH,

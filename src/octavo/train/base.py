@@ -100,6 +100,7 @@ class BaseRun(ABC):
             config.model.path,
             numerics=config.model.numerics,
             engine=config.model.engine,
+            activations=config.model.activations,
             dtype=getattr(torch, config.model.dtype),
             revision=config.model.revision,
             attn_implementation=None if config.model.attention == "auto" else config.model.attention,

@@ -71,6 +71,11 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Dtype of everything that is not FP8.")
     numerics: Literal["exact", "fp8_grad", "fp8"] = Field("exact", description="Arithmetic of the FP8 products.")
     engine: str = Field("auto", min_length=1, description="How the products are computed; `auto` picks and says so.")
+    activations: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="What routed experts keep for backward: as computed, or in FP8, half of it. For runs without "
+        "gradient checkpointing.",
+    )
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         "auto",
         description="How attention is computed; `auto`: as transformers chooses, and without a mask in packed rows.",
@@ -229,11 +234,29 @@ class RunConfig(Section):
         return text
 
 
+def require_kept(model: ModelSection, train: OptimizationSection) -> None:
+    """Refuse activations in FP8 where layers are recomputed: nothing is kept of them, so they would only be rounded.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    if model.activations == "fp8" and train.gradient_checkpointing != "none":
+        raise ValueError(
+            "`model.activations: fp8` halves what is kept for backward, and with `train.gradient_checkpointing: "
+            f"{train.gradient_checkpointing}` that is recomputed, not kept; set it to `none`, or activations to `bf16`"
+        )
+
+
 class SftConfig(RunConfig):
     """A whole run of ``octavo sft``."""
 
     data: DataSection
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _activations_are_kept(self) -> Self:
+        require_kept(self.model, self.train)
+        return self
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Self:

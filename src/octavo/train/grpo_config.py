@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from octavo.train.config import OptimizationSection, RunConfig, Section, absolute
+from octavo.train.config import OptimizationSection, RunConfig, Section, absolute, require_kept
 
 
 class PromptsSection(Section):
@@ -117,6 +117,11 @@ class GrpoConfig(RunConfig):
         if isinstance(value, list | tuple):
             return [{"function": one} if isinstance(one, str) else one for one in value]
         return value
+
+    @model_validator(mode="after")
+    def _activations_are_kept(self) -> Self:
+        require_kept(self.model, self.train)
+        return self
 
     @model_validator(mode="after")
     def _not_of_grpo(self) -> Self:
