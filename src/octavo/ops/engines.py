@@ -72,6 +72,12 @@ class Engine(Protocol):
         """
         ...
 
+    def arrange(self, h_MI: Tensor, down: Projection) -> Tensor:
+        """h in the order and scale in which :meth:`down` reads it and :meth:`up` gives it, from one in its own: for a
+        gate that was computed elsewhere.
+        """
+        ...
+
     def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
         """``y_t = Σ_k p_tk · (h·Wᵀ + b + h·Aᵀ·Bᵀ)``: (y_TH, h·A [M, R])."""
         ...
@@ -158,6 +164,10 @@ class ProductEngine:
     def _gate(self, z_MG: Tensor, gate: Gate) -> Tensor:
         """``h = gate(z)`` from the rounded ``z``, so that backward computes the same ``h`` again."""
         return gate.forward(z_MG.to(self._compute(z_MG.dtype))).to(z_MG.dtype)
+
+    def arrange(self, h_MI: Tensor, down: Projection) -> Tensor:
+        """See :class:`Engine`: as it is."""
+        return h_MI
 
     def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
         dtype = h_MI.dtype

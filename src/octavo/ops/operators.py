@@ -237,7 +237,8 @@ def down(
 ) -> tuple[Tensor, Tensor]:
     """The down stage and the combine: (y_TH, h·A)."""
     chosen = _engine(h, p.numel(), sides, specs, engine, numerics)
-    y, ha = chosen.down(h.contiguous(), p, _routing(routing), stages.projection(_specs(specs)[1], sides[_SIDE:]))
+    side = stages.projection(_specs(specs)[1], sides[_SIDE:])
+    y, ha = chosen.down(chosen.arrange(h.contiguous(), side), p, _routing(routing), side)
     return y, _some(ha, h)
 
 

@@ -249,6 +249,9 @@ class _Sketch:
         chunks = -(-weight.num_experts * expert * 2 // CHUNK_BYTES)
         return like.new_empty((-(-weight.num_experts // chunks), expert))
 
+    def arrange(self, h_MI: Tensor, down: Projection) -> Tensor:
+        return h_MI
+
     def _rank(self, x: Tensor, routing: Routing, side: Projection) -> Tensor | None:
         return None if side.lora is None else x.new_empty((routing.num_rows, side.lora.A_ERK.shape[1]))
 

@@ -33,6 +33,7 @@ class Mode:
     stage: int
     tokens: int
     products: int = 2
+    bank: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -73,6 +74,7 @@ def _wgmma(tokens: int) -> str:
         "struct MMA {\n"
         + function("wide", "k16.f32.bf16.bf16", 4, "1, 1, 0")
         + function("wide_ss", "k16.f32.bf16.bf16", 1, "1, 1, 0, 0")
+        + function("wide_ss_turned", "k16.f32.bf16.bf16", 1, "1, 1, 1, 0")
         + function("narrow_rs", "k32.f32.e4m3.e4m3", 4, "1, 1")
         + function("narrow_ss", "k32.f32.e4m3.e4m3", 1, "1, 1")
         + "};"
@@ -94,6 +96,7 @@ def source(mode: Mode) -> str:
 def _options(mode: Mode) -> list[str]:
     values = {
         "WIDE": mode.wide,
+        "BANK": mode.bank,
         "FLIP": mode.flip,
         "SCALE": mode.scale,
         "STAGE": mode.stage,

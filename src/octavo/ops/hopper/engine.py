@@ -7,6 +7,7 @@ What lies between the products (sorting, LoRA's skinny products, rounding, combi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.formats.weight import Float8Weight
+from octavo.ops.dequant import CHUNK_BYTES
 from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
-from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, GateGradient, LoraStep, Rows, product
+from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
 from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
@@ -49,7 +51,7 @@ class HopperEngine(KernelEngine):
             rounded = round_rows(x_TH, min(weight.block[1], weight.in_features))
             rows = Rows(rounded.codes, routing.token_M, rounded.scales)
         else:
-            rows = Rows(interleave(x_TH), routing.token_M)
+            rows = Rows(interleave(x_TH, ROWS_UP), routing.token_M)
         z_MG = x_TH.new_empty((routing.num_rows, weight.out_features))
         lora = None if up.lora is None else _step(xa_MR, up.lora.B_ENR)
         if isinstance(gate, SwiGlu):
@@ -57,8 +59,15 @@ class HopperEngine(KernelEngine):
             self._grouped("up", rows, weight, routing, z_MG, lora, h=h_MI)
             return z_MG, h_MI, xa_MR
         self._grouped("up", rows, weight, routing, z_MG, lora)
-        h_MI = self._gate(z_MG, gate)
-        return z_MG, h_MI if self._rounds("down") else interleave(h_MI), xa_MR
+        return z_MG, self.arrange(self._gate(z_MG, gate), up), xa_MR
+
+    def arrange(self, h_MI: Tensor, down: Projection) -> Tensor:
+        """See :class:`octavo.ops.engines.Engine`: bfloat16 rows are interleaved."""
+        if self._rounds("down") or not self._takes(h_MI, down):
+            return h_MI
+        from octavo.ops.kernels.interleave import interleave
+
+        return interleave(h_MI, ROWS_UP)
 
     def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
         if not self._takes(h_MI, down):
@@ -75,8 +84,9 @@ class HopperEngine(KernelEngine):
         else:
             rows = Rows(h_MI)
             if down.lora is not None:
-                # h is interleaved, so the factor must be
-                ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=interleave(down.lora.A_ERK))
+                # h is interleaved and larger, so the factor is interleaved and smaller
+                factor = interleave(down.lora.A_ERK, -ROWS_UP)
+                ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=factor)
         y_MH = h_MI.new_empty((routing.num_rows, weight.out_features))
         lora = None if down.lora is None else _step(ha_MR, down.lora.B_ENR)
         self._grouped("down", rows, weight, routing, y_MH, lora)
@@ -213,16 +223,39 @@ class HopperEngine(KernelEngine):
         gradient: GateGradient | None = None,
     ) -> None:
         slabs = rows.scales is not None and not folds_into_rows(weight)
-        tokens = tokens_of_tile(routing.num_rows / weight.num_experts, most=128 if slabs else 160)
+        rows_of_expert, flip = routing.num_rows / weight.num_experts, site.endswith("grad")
+        if self._way(site) == "bank":
+            tokens = tokens_of_tile(rows_of_expert, most=192)
+            for bank in self._banks(weight, routing, out):
+                product(
+                    rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
+                    products=_PRODUCTS, bank=bank,
+                )  # fmt: skip
+            return
+        tokens = tokens_of_tile(rows_of_expert, most=128 if slabs else 160)
         product(
-            rows, weight, routing.offsets_E, out, flip=site.endswith("grad"), lora=lora, h=h, gradient=gradient,
-            tokens=tokens, products=_PRODUCTS,
+            rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
+            products=_PRODUCTS,
         )  # fmt: skip
+
+    @staticmethod
+    def _banks(weight: Float8Weight, routing: Routing, like: Tensor) -> Iterator[Bank]:
+        """Chunks of dequantized experts, one after the other in one buffer."""
+        from octavo.ops.kernels.weights import dequantize
+
+        num_experts, shape = weight.num_experts, (weight.out_features, weight.in_features)
+        chunks = -(-num_experts * 2 * math.prod(shape) // CHUNK_BYTES)
+        size = -(-num_experts // chunks)
+        values = like.new_empty((size, *shape))
+        for first in range(0, num_experts, size):
+            chunk = values[: min(size, num_experts - first)]
+            dequantize(weight, routing.offsets_E, first, chunk, interleaved=True)
+            yield Bank(chunk, first)
 
 
 # How much longer a tile takes than its tokens say, against one of 128. Measured on an H200 with 128 to 2048 rows per
 # expert, see docs/log.md.
-_PRICE = {160: 1.08, 128: 1.0, 64: 1.3}
+_PRICE = {192: 1.0, 160: 1.08, 128: 1.0, 64: 1.3}
 
 
 def tokens_of_tile(rows: float, most: int) -> int:

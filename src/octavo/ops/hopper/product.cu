@@ -8,6 +8,8 @@
 //
 // Compile-time modes (macros):
 //   WIDE   1: bfloat16 activations; E4M3 weights are widened in registers.  0: E4M3 by E4M3.
+//   BANK   1: with WIDE, the weights are bfloat16 already (a chunk of experts, dequantized; the columns of every 16 with
+//             the even ones first), and no register sees them.
 //   FLIP   0: f over the weight's rows, c over its columns.  1: f over columns, c over rows (the input gradient), the
 //             tile is turned in registers.
 //   SCALE  how the weight's scales are applied: see below.
@@ -32,21 +34,21 @@ enum { STORE = 0, SWIGLU = 1, GRADIENT = 2 };
 enum { NONE = 0, COLUMN = 1, TABLE = 2, SLAB = 3 };
 
 constexpr int BF = MT * 128;          // features of a tile, both consumers (SWIGLU: half of them gates)
-constexpr int BC = MT == 2 ? 128 : 64;   // contraction of a step
+constexpr int BC = MT == 2 && !BANK ? 128 : 64;   // contraction of a step
 constexpr int KS = BC / 16;           // bfloat16 multiplications of a step
-constexpr int A_BYTES = BF * BC;
+constexpr int A_BYTES = BF * BC * (BANK ? 2 : 1);
 constexpr int B_BYTES = WIDE ? BN * BC * 2 : BN * BC;
 constexpr int TABLE_BYTES = 1024;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + TABLE_BYTES;
 constexpr int MAX_EXPERTS = 1024;
 constexpr int SHARED_BYTES = 232448;  // what a block may have
-constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? 8 * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 1);
+constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? 8 * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2);
 constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
 constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
 constexpr bool DUAL = STAGE == SWIGLU;
 constexpr int TILE_F = DUAL ? BF / 2 : BF;
 constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
-constexpr bool DRAINS = WIDE || FLIP || SCALE == SLAB;   // whether a step leaves nothing in flight
+constexpr bool DRAINS = !BANK && (WIDE || FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
 
@@ -66,8 +68,8 @@ struct __align__(64) Params {
     float* shares;
     long long num_rows;
     int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
-    int p_float;
-    u32 sb_n_magic, sb_k_magic, pad[5];
+    int p_float, follows;   // follows: experts before the first have rows, up to offsets[-1]
+    u32 sb_n_magic, sb_k_magic, pad[4];
 };
 
 // ---------------------------------------------------------------- instructions
@@ -110,6 +112,9 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 // arrive when this thread's copies so far are done
 __device__ __forceinline__ void copy_arrive(u32 bar) {
@@ -175,23 +180,21 @@ __device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
     return v;
 }
-// Two at once: the special functions are what a gate waits for. With E4M3 activations, a thousand times coarser, one
-// hyperbolic tangent each; else two exponentials and one reciprocal of both denominators.
-__device__ __forceinline__ void sigmoid(const float (&x)[2], float (&s)[2]) {
+// With E4M3 activations, a thousand times coarser, one hyperbolic tangent; else an exponential and a reciprocal.
+__device__ __forceinline__ float sigmoid(float x) {
+    float e, s;
     if (WIDE) {
-        // beyond, the product of two denominators would overflow, and a sigmoid of 1e-18 is nothing
-        float a = 1.f + __expf(fminf(-x[0], 42.f)), b = 1.f + __expf(fminf(-x[1], 42.f));
-        float r = __fdividef(1.f, a * b);
-        s[0] = r * b;
-        s[1] = r * a;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float t;
-            asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * x[i]));
-            s[i] = fmaf(0.5f, t, 0.5f);
-        }
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
+        return s;
     }
+    asm("tanh.approx.f32 %0, %1;" : "=f"(e) : "f"(0.5f * x));
+    return fmaf(0.5f, e, 0.5f);
+}
+// a store that costs no branch
+__device__ __forceinline__ void store_if(u16* to, u32 value, bool live) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}"
+                 ::"l"(to), "r"(value), "r"((int)live) : "memory");
 }
 
 // wgmma wrappers come from the host: MMA::wide(acc, a0..a3, desc, keep), ::narrow_rs, ::narrow_ss
@@ -205,9 +208,11 @@ __device__ __forceinline__ void widen(u32 codes, u32& even, u32& odd) {
     odd = (codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u);
     even = ((codes << 8) & 0x80008000u) | ((codes << 4) & 0x07F007F0u);
 }
-constexpr u32 TWO_120 = 0x7B807B80u;      // 2^120, twice
+// Rows of a product that is not flipped come 2^60 times as large (so do the activations h that it stores), which keeps
+// their products with bare bits, 2^-60 of the true ones, far from the end of float32.
+constexpr float ROWS_UP = 0x1p60f, ROWS_DOWN = 0x1p-60f;
 constexpr float TABLE_UP = 0x1p104f;      // a table's factor: leaves room for scales up to 2^23
-constexpr float TABLE_DOWN = 65536.f;     // what is left of 2^120
+constexpr float TABLE_DOWN = FLIP ? 65536.f : 65536.f * ROWS_DOWN;   // what is left of 2^120
 
 __device__ __forceinline__ void split_scale(float s, u16& hi, u16& lo) {
     float v = s * TABLE_UP;
@@ -223,7 +228,7 @@ struct Tile {
 
 struct Schedule {
     const int* before;   // token tiles before each expert, E + 1
-    const int* offsets;
+    const int* offsets;  // where its rows begin, E + 1
     int E, num_f;
     __device__ __forceinline__ int total() const { return before[E] * num_f; }
     __device__ __forceinline__ Tile at(int id) const {
@@ -234,7 +239,7 @@ struct Schedule {
         }
         Tile t;
         t.expert = low;
-        int start = low ? offsets[low - 1] : 0, end = offsets[low];
+        int start = offsets[low], end = offsets[low + 1];
         int tiles = before[low + 1] - before[low];
         int local = id - before[low] * num_f;
         t.index_f = local / tiles;
@@ -251,13 +256,16 @@ struct Schedule {
 // n / d for n * d < 2^32, with ceil(2^32 / d)
 __device__ __forceinline__ int divide(int n, int d, u32 magic) { return d == 1 ? n : (int)__umulhi((u32)n, magic); }
 
-__device__ __forceinline__ float weight_scale(const Params& p, int expert, int row, int column) {
+__device__ __forceinline__ const float* weight_scale_at(const Params& p, int expert, int row, int column) {
     row = min(row, p.w_rows - 1);
     column = min(column, p.w_cols - 1);
     int grid_row = expert * (p.w_rows / p.part_rows) * p.grid_n;
     while (row >= p.part_rows) { row -= p.part_rows; grid_row += p.grid_n; }
     grid_row += divide(row, p.sb_n, p.sb_n_magic);
-    return __ldg(p.scales + (long long)grid_row * p.grid_k + min(divide(column, p.sb_k, p.sb_k_magic), p.grid_k - 1));
+    return p.scales + (long long)grid_row * p.grid_k + min(divide(column, p.sb_k, p.sb_k_magic), p.grid_k - 1);
+}
+__device__ __forceinline__ float weight_scale(const Params& p, int expert, int row, int column) {
+    return __ldg(weight_scale_at(p, expert, row, column));
 }
 
 // ---------------------------------------------------------------- producer
@@ -267,7 +275,12 @@ __device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int 
     const void* map = p.map;
 #pragma unroll
     for (int half = 0; half < MT; ++half) {
-        if (FLIP) {
+        if (FLIP && BANK) {
+            // 2 * MT boxes of BC contraction rows, 64 features each
+            for (int group = 0; group < 2; ++group)
+                tensor3(to + (group * MT + half) * (128 * BC), map, bar, t.feature0 + (group * MT + half) * 64, step * BC,
+                        t.expert);
+        } else if (FLIP) {
             // MT boxes of BC contraction rows, 128 features each
             tensor3(to + half * (128 * BC), map, bar, t.feature0 + half * 128, step * BC, t.expert);
         } else if (DUAL && MT == 1) {
@@ -279,7 +292,7 @@ __device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int 
             for (int group = 0; group < 2; ++group) {
                 int row = t.expert * p.w_rows + t.feature0;
                 row += DUAL ? group * 64 + half * p.F : (group * MT + half) * 64;
-                tensor4(to + (group * MT + half) * (64 * BC), map, bar, step * BC, row >> 4);
+                tensor4(to + (group * MT + half) * (A_BYTES / (2 * MT)), map, bar, step * BC, row >> 4);
             }
         }
     }
@@ -312,16 +325,32 @@ __device__ __forceinline__ void load_rows(u32 rows, u32 to, int thread, int byte
     }
 }
 
+// the weight's scale in a slab, for the first (i = 0) or the second half of the tile's features (SWIGLU: gates, ups)
+__device__ __forceinline__ const float* slab_scale_at(const Params& p, const Tile& t, int step, int i) {
+    if (FLIP) return weight_scale_at(p, t.expert, step * BC, t.feature0 + i * 64 * MT);
+    return weight_scale_at(p, t.expert, t.feature0 + i * (DUAL ? p.F : 64 * MT), step * BC);
+}
+
+constexpr int SLAB_WEIGHTS = 512;   // where a slab's table has the weight's two scales, after a scale for each token
+
+// A slab's scales come like its rows, by copies that nobody waits for here: read through registers, their latency would
+// be a step's.
+__device__ __forceinline__ void load_slab_scales(
+    const Params& p, const Tile& t, int step, u32 to, int thread, const int* source
+) {
+    if (thread < BN) {
+        int group = min(step, p.act_groups - 1);
+        copy4(to + thread * 4, p.act_scale + (long long)source[thread] * p.act_groups + group);
+    }
+    if (thread < 2) copy4(to + SLAB_WEIGHTS + thread * 4, slab_scale_at(p, t, step, thread));
+}
+
 // what the scales of a step need, fetched a step ahead
 struct Table {
     float ahead[2], weight[2];
-    // the weight's scales for the first and the second half of the tile's features (SWIGLU: gates and ups)
     __device__ __forceinline__ void of_slab(const Params& p, const Tile& t, int step) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (FLIP) weight[i] = weight_scale(p, t.expert, step * BC, t.feature0 + i * 64 * MT);
-            else weight[i] = weight_scale(p, t.expert, t.feature0 + i * (DUAL ? p.F : 64 * MT), step * BC);
-        }
+        for (int i = 0; i < 2; ++i) weight[i] = __ldg(slab_scale_at(p, t, step, i));
     }
     __device__ __forceinline__ void fetch(const Params& p, const Tile& t, int step, int thread, const int* source) {
         if (WIDE && SCALE == TABLE) {
@@ -332,13 +361,9 @@ struct Table {
             } else of_slab(p, t, step);
         }
         if (!WIDE) {
-            int group = SCALE == SLAB ? min(step, p.act_groups - 1) : 0;
 #pragma unroll
-            for (int i = 0; i < (BN + 127) / 128; ++i) {
-                int r = min(thread + i * 128, BN - 1);
-                ahead[i] = __ldg(p.act_scale + (long long)source[r] * p.act_groups + group);
-            }
-            if (SCALE == SLAB) of_slab(p, t, step);
+            for (int i = 0; i < (BN + 127) / 128; ++i)
+                ahead[i] = __ldg(p.act_scale + source[min(thread + i * 128, BN - 1)]);
         }
     }
     __device__ __forceinline__ void store(u32 to, int thread) const {
@@ -364,11 +389,7 @@ struct Table {
         if (!WIDE) {
 #pragma unroll
             for (int i = 0; i < (BN + 127) / 128; ++i)
-                if (thread + i * 128 < BN) {
-                    u32 at = to + (thread + i * 128) * 4;
-                    stsf(at, SCALE == SLAB ? ahead[i] * weight[0] : ahead[i]);
-                    if (SCALE == SLAB) stsf(at + 512, ahead[i] * weight[1]);
-                }
+                if (thread + i * 128 < BN) stsf(to + (thread + i * 128) * 4, ahead[i]);
         }
     }
 };
@@ -475,14 +496,16 @@ __device__ __forceinline__ void produce(
             }
         }
         named_sync(1, 128);
-        tables.fetch(p, t, 0, thread, source);
+        if (SCALE != SLAB) tables.fetch(p, t, 0, thread, source);
         for (int step = 0; step < steps; ++step) {
             barrier_wait(empty + slot * 8, phase ^ 1);
             u32 base = stages + slot * STAGE_BYTES, table = base + A_BYTES + B_BYTES;
             if (step < main_steps) {
                 if (thread == 0) load_weight(p, t, step, base, full + slot * 8);
                 load_rows(smem_address(rows), base + A_BYTES, thread, step * BC * SIZE, p.C * SIZE);
-                if (SCALE == SLAB || WIDE) {
+                if (SCALE == SLAB) {
+                    load_slab_scales(p, t, step, table, thread, source);
+                } else if (WIDE) {
                     tables.store(table, thread);
                     if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread, source);
                 } else if (step + 1 == main_steps) {
@@ -528,7 +551,7 @@ struct Work {
 
     // one step of bfloat16 activations
     __device__ __forceinline__ void wide_step(u32 base, int group, int warp, int lane) {
-        int g = lane >> 2, q = lane & 3;
+        int q = lane & 3;
         u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES;
         u32 hold[HOLD][MT][4];
         // a product's words for two multiplications: non-flipped {half 0, half 1} of chunks k and k + 1, flipped
@@ -586,9 +609,8 @@ struct Work {
                     widen(x[(k & 1) * 2 + 1], a[tile][1], a[tile][3]);
                 }
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (SCALE != TABLE) a[tile][i] = mul_bf16(a[tile][i], TWO_120);
-                    else if (FLIP) a[tile][i] = fma_bf16(a[tile][i], y[i & 2], mul_bf16(a[tile][i], y[(i & 2) + 1]));
+                for (int i = 0; i < 4 && SCALE == TABLE; ++i) {
+                    if (FLIP) a[tile][i] = fma_bf16(a[tile][i], y[i & 2], mul_bf16(a[tile][i], y[(i & 2) + 1]));
                     else {
                         int which = DUAL ? (MT == 2 ? tile : i & 1) : group;
                         a[tile][i] = fma_bf16(a[tile][i], hi[which], mul_bf16(a[tile][i], lo[which]));
@@ -597,6 +619,24 @@ struct Work {
             }
             multiply(a, b, k);
         }
+    }
+
+    // one step of a dequantized weight
+    __device__ __forceinline__ void bank_step(u32 base, int group, int lane, Ring& ring, int previous) {
+        u32 a = descriptor(base + group * (A_BYTES / 2)), b = descriptor(base + A_BYTES);
+        mma_fence();
+#pragma unroll
+        for (int k = 0; k < KS; ++k)
+#pragma unroll
+            for (int tile = 0; tile < MT; ++tile) {
+                u32 left = a + tile * (128 * BC >> 4);
+                // turned, 16 rows of the contraction are 2048 bytes
+                if (FLIP) MMA::wide_ss_turned(acc[tile], whole(left + k * 128), whole(b + k * 2), 1);
+                else MMA::wide_ss(acc[tile], whole(left + k * 2), whole(b + k * 2), 1);
+            }
+        mma_commit();
+        mma_wait<1>();
+        if (previous >= 0) ring.free(previous, lane);
     }
 
     __device__ __forceinline__ void multiply(u32 (&a)[MT][4], u32 b, int k) {
@@ -619,9 +659,8 @@ struct Work {
         int i = lane & 7, matrix = lane >> 3;
         return (matrix >> 1) * 16 + (i >> 1) * 4 + (i & 1) + (matrix & 1) * 2;
     }
-    __device__ __forceinline__ static void narrow_turned(u32 at, u32 (&a)[4]) {
-        u32 x0, x1, x2, x3;
-        matrix4_turned(at, x0, x1, x2, x3);
+    __device__ __forceinline__ static void turn_words(u32 (&a)[4]) {
+        u32 x0 = a[0], x1 = a[1], x2 = a[2], x3 = a[3];
         a[0] = pick(x0, x1, 0x6420);
         a[1] = pick(x0, x1, 0x7531);
         a[2] = pick(x2, x3, 0x6420);
@@ -632,16 +671,25 @@ struct Work {
     __device__ __forceinline__ void narrow_step(
         u32 base, int group, int warp, int lane, Ring& ring, int previous
     ) {
-        int g = lane >> 2, q = lane & 3;
         u32 b = descriptor(base + A_BYTES);
         if (FLIP) {
-            u32 hold[2][2][4];
+            // operands of two multiplications in flight, and the words of the next
+            u32 hold[3][2][4];
             u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+            auto fetch = [&](int k) {
+                u32 (&a)[2][4] = hold[k % 3];
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile)
+                    matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16),
+                                   a[tile][0], a[tile][1], a[tile][2], a[tile][3]);
+            };
+            fetch(0);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                u32 (&a)[2][4] = hold[k & 1];
-                narrow_turned(at + k * 4096 + ((warp ^ (row & 7)) * 16), a[0]);
-                narrow_turned(at + k * 4096 + (((4 + warp) ^ (row & 7)) * 16), a[1]);
+                u32 (&a)[2][4] = hold[k % 3];
+                if (k < 3) fetch(k + 1);
+                turn_words(a[0]);
+                turn_words(a[1]);
                 settle(a[0]);
                 settle(a[1]);
                 mma_fence();
@@ -659,7 +707,6 @@ struct Work {
             for (int k = 0; k < 4; ++k)
 #pragma unroll
                 for (int tile = 0; tile < 2; ++tile)
-                    
                     MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
             mma_commit();
             mma_wait<1>();
@@ -668,22 +715,27 @@ struct Work {
     }
 
     // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32
-    // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32
     __device__ __forceinline__ void slab_step(u32 base, int group, int warp, int lane) {
-        int g = lane >> 2, q = lane & 3;
-        u32 b = descriptor(base + A_BYTES);
-        u32 table = base + A_BYTES + B_BYTES;
+        int q = lane & 3;
+        u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES, scales = table + 8 * q;
         u32 a = descriptor(base + group * 16384);
         u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+        // FLIP: operands of two multiplications in flight, and the words of the next
+        u32 hold[3][4];
+        auto fetch = [&](int tile, int k) {
+            u32 (&x)[4] = hold[k % 3];
+            matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16), x[0], x[1], x[2], x[3]);
+        };
+        if (FLIP) fetch(0, 0);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
             float part[BN / 2];
-            if (FLIP) {
-                u32 hold[2][4];
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    u32 (&x)[4] = hold[k & 1];
-                    narrow_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16), x);
+            for (int k = 0; k < 4; ++k) {
+                if (FLIP) {
+                    u32 (&x)[4] = hold[k % 3];
+                    if (k < 3) fetch(tile, k + 1);
+                    turn_words(x);
                     settle(x);
                     mma_fence();
                     MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
@@ -691,20 +743,21 @@ struct Work {
                         mma_commit();
                         mma_wait<1>();
                     }
-                }
-            } else {
-                mma_fence();
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
+                } else {
+                    if (k == 0) mma_fence();
                     MMA::narrow_ss(part, whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), k);
+                }
             }
             mma_commit();
-            u32 scales = table + (DUAL ? tile : group) * 512 + 8 * q;
+            float weight = ldsf(table + SLAB_WEIGHTS + (DUAL ? tile : group) * 4), s[4][2];
+#pragma unroll
+            for (int j = 0; j < 3; ++j) lds_float2(scales + 32 * j, s[j][0], s[j][1]);
             mma_wait<0>();
+            if (FLIP && tile == 0) fetch(1, 0);
 #pragma unroll
             for (int j = 0; j < BN / 8; ++j) {
-                float s0, s1;
-                lds_float2(scales + 32 * j, s0, s1);
+                if (j + 3 < BN / 8) lds_float2(scales + 32 * (j + 3), s[(j + 3) & 3][0], s[(j + 3) & 3][1]);
+                float s0 = s[j & 3][0] * weight, s1 = s[j & 3][1] * weight;
                 acc[tile][4 * j] = fmaf(part[4 * j], s0, acc[tile][4 * j]);
                 acc[tile][4 * j + 1] = fmaf(part[4 * j + 1], s1, acc[tile][4 * j + 1]);
                 acc[tile][4 * j + 2] = fmaf(part[4 * j + 2], s0, acc[tile][4 * j + 2]);
@@ -728,7 +781,7 @@ struct Work {
             if (SCALE == COLUMN) {
                 int tile = i >> 1, half = i & 1, row = f + half + tile * 64;
                 if (DUAL) row = min(f, p.F - 1) + (MT == 2 ? min(half, p.F - 1) + tile * p.F : half * p.F);
-                column[i] = weight_scale(p, t.expert, row, 0);
+                column[i] = weight_scale(p, t.expert, row, 0) * (WIDE ? ROWS_UP : 1.f);
             }
         }
         int main_steps = (p.C + BC - 1) / BC;
@@ -739,7 +792,8 @@ struct Work {
         for (int step = 0; step < main_steps; ++step) {
             base = ring.wait();
             // a slot whose table is needed after the sum is freed then
-            if (WIDE) wide_step(base, group, warp, lane);
+            if (BANK) bank_step(base, group, lane, ring, previous);
+            else if (WIDE) wide_step(base, group, warp, lane);
             else if (SCALE == SLAB) slab_step(base, group, warp, lane);
             else narrow_step(base, group, warp, lane, ring, previous);
             previous = ring.next();
@@ -749,6 +803,10 @@ struct Work {
         if (WIDE && SCALE == TABLE) {
 #pragma unroll
             for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] *= TABLE_DOWN;
+        }
+        if (BANK && !FLIP) {
+#pragma unroll
+            for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] *= ROWS_DOWN;
         }
         if (SCALE == COLUMN || (!WIDE && SCALE != SLAB)) {
             u32 table = base + A_BYTES + B_BYTES;
@@ -765,10 +823,10 @@ struct Work {
                 }
             }
         }
-        if (!WIDE && SCALE != SLAB) ring.free(previous, lane);
+        if (BANK || (!WIDE && SCALE != SLAB)) ring.free(previous, lane);
         for (int r0 = 0; r0 < p.R; r0 += LORA_RANKS) {
             base = ring.wait();
-            u32 a = descriptor(base + group * (A_BYTES / 2)), b = descriptor(base + A_BYTES);
+            u32 a = descriptor(base + group * (BF / 2 * BC)), b = descriptor(base + A_BYTES);
             int steps = (min(p.R - r0, LORA_RANKS) + 15) / 16;
             for (int k = 0; k < steps; ++k) {
                 mma_fence();
@@ -796,8 +854,8 @@ struct Work {
             for (int j = 0; j < BN / 8; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    if (8 * j + i < live)
-                        *(u32*)(to + (8 * j + i) * p.F + tile * 64) = pack_bf16(acc[tile][4 * j + i], acc[tile][4 * j + 2 + i]);
+                    store_if(to + (8 * j + i) * p.F + tile * 64,
+                             pack_bf16(acc[tile][4 * j + i], acc[tile][4 * j + 2 + i]), 8 * j + i < live);
         }
     }
 
@@ -826,19 +884,18 @@ struct Work {
                     ups = pack_bf16(acc[MT - 1][4 * j + i], acc[MT - 1][4 * j + 2 + i]);
                 }
                 // from the rounded z, so that backward computes the same h again
-                float gate[2] = {low_bf16(gates), high_bf16(gates)}, s[2];
-                sigmoid(gate, s);
-                u32 value = pack_bf16(gate[0] * s[0] * low_bf16(ups), gate[1] * s[1] * high_bf16(ups));
+                float gate[2] = {low_bf16(gates), high_bf16(gates)};
+                u32 value = pack_bf16(gate[0] * sigmoid(gate[0]) * low_bf16(ups) * (WIDE ? ROWS_UP : 1.f),
+                                      gate[1] * sigmoid(gate[1]) * high_bf16(ups) * (WIDE ? ROWS_UP : 1.f));
                 if (WIDE) {
                     u32 other = __shfl_xor_sync(0xFFFFFFFF, value, MT == 1 ? 8 : 4);
                     value = u & 1 ? pick(other, value, 0x7632) : pick(value, other, 0x5410);
                 }
-                if (8 * j + i < live) {
-                    u16* line = to + (8 * j + i) * (2 * p.F);
-                    *(u32*)line = gates;
-                    *(u32*)(line + p.F) = ups;
-                    *(u32*)(to_h + (8 * j + i) * p.F) = value;
-                }
+                bool stored = 8 * j + i < live;
+                u16* line = to + (8 * j + i) * (2 * p.F);
+                store_if(line, gates, stored);
+                store_if(line + p.F, ups, stored);
+                store_if(to_h + (8 * j + i) * p.F, value, stored);
             }
     }
 
@@ -846,45 +903,53 @@ struct Work {
         const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, int f, float* shares
     ) {
         int g = lane >> 2, q = lane & 3;
-        u16* out = p.out + (long long)t.row0 * (2 * p.F) + f;
+        // tokens 2q and 2q + 1 of eight, then those of the next eight
+        u16* line = p.out + (long long)(t.row0 + 2 * q) * (2 * p.F) + f;
+        int live[MT];
+#pragma unroll
+        for (int tile = 0; tile < MT; ++tile) live[tile] = f + tile * 64 < p.F ? t.rows - 2 * q : 0;
+        // the turn of a token's granules is a thread's own: (local >> 1) & 3 == q
+        u32 at[MT];
+#pragma unroll
+        for (int tile = 0; tile < MT; ++tile)
+            at[tile] = 2 * q * (BF * 4) + ((((group * MT + tile) * 4 + warp) ^ q) * 32) + g * 4;
 #pragma unroll
         for (int part = 0; part < BN / ZT; ++part) {
-            u32 base = ring.wait(), table = base + A_BYTES + B_BYTES;
+            u32 base = ring.wait(), table = base + A_BYTES + B_BYTES + 8 * q;
             float sums[8];
 #pragma unroll
-            for (int jj = 0; jj < ZT / 8; ++jj)
+            for (int jj = 0; jj < ZT / 8; ++jj) {
+                int j = part * (ZT / 8) + jj;
+                float weight[2];
+                lds_float2(table + jj * 32, weight[0], weight[1]);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    int j = part * (ZT / 8) + jj;
-                    int local = 8 * jj + 2 * q + i, token = part * ZT + local;
-                    float weight = ldsf(table + local * 4), share = 0.f;
+                    float share = 0.f;
 #pragma unroll
                     for (int tile = 0; tile < MT; ++tile) {
-                        bool live = f + tile * 64 < p.F && token < t.rows;
-                        u32 granule = (group * MT + tile) * 4 + warp;
-                        u32 at = base + local * (BF * 4) + ((granule ^ ((local >> 1) & 3)) * 32) + g * 4;
-                        u32 gates = lds32(at), ups = lds32(at + BF * 2);
+                        u32 from = base + at[tile] + (8 * jj + i) * (BF * 4);
+                        u32 gates = lds32(from), ups = lds32(from + BF * 2);
                         float gate[2] = {low_bf16(gates), high_bf16(gates)}, up[2] = {low_bf16(ups), high_bf16(ups)};
-                        float to_gate[2], to_up[2], s[2], sum = 0.f;
-                        sigmoid(gate, s);
+                        float to_gate[2], to_up[2];
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {
-                            float dh = acc[tile][4 * j + 2 * half + i];
-                            float silu = gate[half] * s[half];
-                            sum = fmaf(dh, silu * up[half], sum);
-                            dh *= weight;
-                            to_gate[half] = dh * up[half] * fmaf(silu, 1.f - s[half], s[half]);
+                            // past the last feature dh and z are zero
+                            float dh = acc[tile][4 * j + 2 * half + i], s = sigmoid(gate[half]);
+                            float silu = gate[half] * s;
+                            share = fmaf(dh, silu * up[half], share);
+                            dh *= weight[i];
+                            to_gate[half] = dh * up[half] * (fmaf(-silu, s, silu) + s);
                             to_up[half] = dh * silu;
                         }
-                        if (live) {
-                            u16* to = out + token * (2 * p.F) + tile * 64;
-                            *(u32*)to = pack_bf16(to_gate[0], to_gate[1]);
-                            *(u32*)(to + p.F) = pack_bf16(to_up[0], to_up[1]);
-                            share += sum;
-                        }
+                        bool stored = 8 * j + i < live[tile];
+                        u16* to = line + i * (2 * p.F) + tile * 64;
+                        store_if(to, pack_bf16(to_gate[0], to_gate[1]), stored);
+                        store_if(to + p.F, pack_bf16(to_up[0], to_up[1]), stored);
                     }
                     sums[2 * jj + i] = share;
                 }
+                line += 16 * p.F;
+            }
             ring.free(ring.next(), lane);
             // eight sums over the eight lanes of a column: each lane ends with one
 #pragma unroll
@@ -921,7 +986,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     int* source = (int*)(rows + BN);
     float* shares = (float*)(source + BN);
     int* before = (int*)(shares + (STAGE == GRADIENT ? 8 * BN : 0));
-    int* offsets = before + p.E + 1;
+    int* offsets = before + p.E + 1;   // E + 1
     int thread = threadIdx.x, lane = thread & 31;
     u32 full = smem_address(barriers), empty = full + STAGES * 8;
     if (thread < 32) {
@@ -930,8 +995,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
         for (int e0 = 0; e0 < p.E; e0 += 32) {
             int e = e0 + lane, tiles = 0;
             if (e < p.E) {
-                int end = __ldg(p.offsets + e), start = e ? __ldg(p.offsets + e - 1) : 0;
-                offsets[e] = end;
+                int end = __ldg(p.offsets + e), start = e || p.follows ? __ldg(p.offsets + e - 1) : 0;
+                if (e == 0) offsets[0] = start;
+                offsets[e + 1] = end;
                 tiles = (end - start + BN - 1) / BN;
             }
 #pragma unroll

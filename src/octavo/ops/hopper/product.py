@@ -18,6 +18,10 @@ from octavo.ops.weights import storage
 MAX_EXPERTS = 1024
 FEATURES = 128
 """Features of a tile per product (with SwiGLU half of them gates)."""
+ROWS_UP = 60
+"""Powers of two by which bfloat16 rows are larger in a product that is not flipped: widened codes are 2^-120 of theirs,
+and their products must stay inside float32. Exact for values below 2^67.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,16 @@ class Rows:
     values: Tensor
     token_M: Tensor | None = None
     scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Dequantized experts ``first``, ``first + 1``, …: ``values`` bfloat16 [experts, N, K], the columns of every 16
+    with the even ones first.
+    """
+
+    values: Tensor
+    first: int
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,9 @@ class _Params(ctypes.Structure):
         ("num_rows", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
             "E", "F", "C", "w_rows", "w_cols", "part_rows", "grid_n", "grid_k", "sb_n", "sb_k", "act_groups", "R",
-            "p_float",
+            "p_float", "follows",
         )),
-        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("pad", ctypes.c_uint * 5),
+        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("pad", ctypes.c_uint * 4),
     ]  # fmt: skip
 
 
@@ -80,7 +94,7 @@ def _magic(divisor: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _tensor_map(
-    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int
+    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int, bank: bool
 ) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map by which a weight's tiles are fetched.
 
@@ -89,10 +103,11 @@ def _tensor_map(
     """
     from cuda.bindings import driver
 
-    step = 128 if products == 2 else 64
+    step = 128 if products == 2 and not bank else 64
+    size = 2 if bank else 1
     swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
     if flip:
-        dims, strides, box = [cols, rows, experts], [cols, rows * cols], [128, step, 1]
+        dims, strides, box = [cols, rows, experts], [cols, rows * cols], [128 // size, step, 1]
     else:
         if dual and products == 1:
             # a gate and an up feature side by side
@@ -100,11 +115,12 @@ def _tensor_map(
         else:
             dims, strides = [cols, 8, 2, experts * rows // 16], [2 * cols, cols, 16 * cols]
         box = [step, 8, 2, 8 if dual and products == 1 else 4]
-        if step == 64:
+        if step * size == 64:
             swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B
     status, encoded = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8, len(dims), address,
-        [driver.cuuint64_t(n) for n in dims], [driver.cuuint64_t(n) for n in strides],
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bank
+        else driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8, len(dims), address,
+        [driver.cuuint64_t(n) for n in dims], [driver.cuuint64_t(n * size) for n in strides],
         [driver.cuuint32_t(n) for n in box], [driver.cuuint32_t(1)] * len(dims),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         swizzle,
@@ -128,42 +144,50 @@ def product(
     gradient: GateGradient | None = None,
     tokens: int = 128,
     products: int = 2,
+    bank: Bank | None = None,
 ) -> None:
     """Write ``out``: ``rows · Wᵀ`` (``rows · W`` with ``flip``) [M, F]; z [M, 2F] with ``h`` [M, F]; or dz [M, 2F]
     with ``gradient``.
 
-    bfloat16 rows of a product that is not flipped, and ``h``, are interleaved: of each 16 columns the even ones first
-    (see :func:`octavo.ops.kernels.interleave.interleave`). ``tokens``: of a tile.
+    bfloat16 rows of a product that is not flipped, and the ``h`` that it writes, are interleaved (of each 16 columns
+    the even ones first) and 2^:data:`ROWS_UP` times as large: see
+    :func:`octavo.ops.kernels.interleave.interleave`. ``tokens``: of a tile. ``bank``: a chunk of the weight's experts,
+    dequantized, for bfloat16 rows; rows of other experts are left as they are.
     """
     num_rows = out.shape[0]
     if num_rows == 0:
         return
     wide = rows.values.dtype == torch.bfloat16
     whole_row = weight.block[1] >= weight.in_features
-    if wide:
+    if bank is not None:
+        assert wide
+        scale = NONE
+    elif wide:
         scale = TABLE if flip or not whole_row else COLUMN
     else:
         scale = SLAB if not whole_row else NONE if flip else COLUMN
     stage = SWIGLU if h is not None else GRADIENT if gradient is not None else STORE
     features = weight.in_features if flip else weight.out_features // (2 if h is not None else 1)
     contraction = weight.out_features if flip else weight.in_features
-    codes, _ = storage(weight)
+    values = storage(weight)[0] if bank is None else bank.values
+    first, num_experts = (0, weight.num_experts) if bank is None else (bank.first, bank.values.shape[0])
     grid_n, grid_k = weight.scales.shape[2:]
-    encoded = _tensor_map(_address(codes), *codes.shape, flip, h is not None, products)
+    encoded = _tensor_map(_address(values), *values.shape, flip, h is not None, products, bank is not None)
     params = _Params(
-        encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E), _address(rows.scales),
-        _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor),
+        encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
+        _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
         _address(out), _address(h), gradient and _address(gradient.z), gradient and _address(gradient.p_M),
-        gradient and _address(gradient.shares), num_rows, weight.num_experts, features, contraction,
+        gradient and _address(gradient.shares), num_rows, num_experts, features, contraction,
         weight.out_features, weight.in_features, weight.rows, grid_n, grid_k, weight.block[0], weight.block[1],
         1 if rows.scales is None else rows.scales.shape[1], 0 if lora is None else lora.xa.shape[1],
-        gradient is not None and gradient.p_M.dtype == torch.float32, _magic(weight.block[0]), _magic(weight.block[1]),
+        gradient is not None and gradient.p_M.dtype == torch.float32, first > 0, _magic(weight.block[0]),
+        _magic(weight.block[1]),
     )  # fmt: skip
     device = out.device
     tile = products * FEATURES // (2 if h is not None else 1)
-    most = (-(-num_rows // tokens) + weight.num_experts) * -(-features // tile)
+    most = (-(-num_rows // tokens) + num_experts) * -(-features // tile)
     blocks = min(most, torch.cuda.get_device_properties(device).multi_processor_count)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    mode = Mode(wide, flip, scale, stage, tokens, products)
+    mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None)
     stream = torch.cuda.current_stream(device).cuda_stream
     launch(mode, device.index or 0, blocks, stream, ctypes.addressof(pointers))

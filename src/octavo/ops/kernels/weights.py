@@ -16,7 +16,7 @@ from octavo.ops.kernels.common import bytes_of, ceil_div, expert_rows
 @triton.jit
 def dequantize_kernel(
     codes, scales, bank, offsets_E, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, GRID_N: tl.constexpr,
-    GRID_K: tl.constexpr, SB_N: tl.constexpr, SB_K: tl.constexpr, PARTS: tl.constexpr,
+    GRID_K: tl.constexpr, SB_N: tl.constexpr, SB_K: tl.constexpr, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(1)
@@ -37,9 +37,11 @@ def dequantize_kernel(
         else:
             scale = tl.load(scales + (wide * (PARTS * GRID_N) + grid_row[:, None]) * GRID_K + (k // SB_K)[None, :],
                             mask=mask, other=0.0)  # fmt: skip
-        tl.store(
-            bank + slot.to(tl.int64) * (N * K) + at, (code.to(tl.float32) * scale).to(bank.dtype.element_ty), mask=mask
-        )
+        value = (code.to(tl.float32) * scale).to(bank.dtype.element_ty)
+        if INTERLEAVED:
+            # of the columns of every 16 the even ones first
+            value = tl.reshape(tl.permute(tl.reshape(value, (BN, BK // 16, 8, 2)), (0, 1, 3, 2)), (BN, BK))
+        tl.store(bank + slot.to(tl.int64) * (N * K) + at, value, mask=mask)
 
 
 @triton.jit
@@ -58,11 +60,12 @@ def transpose_kernel(
         tl.store(out + base + k[:, None] * N + n[None, :], tl.trans(code), mask=tl.trans(mask))
 
 
-def dequantize(weight: Float8Weight, offsets_E: Tensor, first: int, bank: Tensor) -> None:
+def dequantize(weight: Float8Weight, offsets_E: Tensor, first: int, bank: Tensor, *, interleaved: bool = False) -> None:
     """``bank[s] = codes[first + s] × scales`` in the dtype of ``bank``, rounded once from float32, for each expert
     that has rows.
 
-    ``bank``: [experts of this chunk, N, K], contiguous.
+    ``bank``: [experts of this chunk, N, K], contiguous. ``interleaved``: the columns of every 16 with the even ones
+    first; K a multiple of 16.
     """
     features, cols = weight.out_features, weight.in_features
     block_n, block_k = 16, min(512, triton.next_power_of_2(cols))
@@ -70,7 +73,7 @@ def dequantize(weight: Float8Weight, offsets_E: Tensor, first: int, bank: Tensor
     dequantize_kernel[grid](
         bytes_of(weight.codes), weight.scales, bank, offsets_E, first, N=features, K=cols, ROWS=weight.rows,
         GRID_N=weight.scales.shape[2], GRID_K=weight.scales.shape[3], SB_N=weight.block[0], SB_K=weight.block[1],
-        PARTS=weight.parts, BN=block_n, BK=block_k, num_warps=4,
+        PARTS=weight.parts, INTERLEAVED=interleaved, BN=block_n, BK=block_k, num_warps=4,
     )  # fmt: skip
 
 
