@@ -222,15 +222,10 @@ def kernels_us(step: Callable[[], object]) -> list[tuple[str, float]]:
 
 def engines() -> list[tuple[str, str, Engine]]:
     """(numerics, engine, the engine) of every way to compute the layer."""
-    from octavo.ops.fused import KernelEngine
-
-    names = (("exact", "dequant"), ("exact", "fused"), ("fp8_grad", "scaled"), ("fp8", "scaled"))
     from octavo.ops.hopper.engine import HopperEngine
 
-    return [
-        (numerics, name, (KernelEngine if name == "dequant" else HopperEngine)(name, numerics, wide=False))
-        for numerics, name in names
-    ]
+    names = (("exact", "dequant"), ("exact", "fused"), ("fp8_grad", "scaled"), ("fp8", "scaled"))
+    return [(numerics, name, HopperEngine(name, numerics, wide=False)) for numerics, name in names]
 
 
 def compile_one(job: tuple[str, int, int]) -> None:

@@ -17,7 +17,11 @@ MODES = (
     (False, False, SLAB, SWIGLU), (False, True, NONE, STORE), (False, True, NONE, GRADIENT),
     (False, True, SLAB, STORE), (False, True, SLAB, GRADIENT),
 )  # fmt: skip
-TILES = [(mode, tokens) for mode in MODES for tokens in (128, 160) if mode[2] != SLAB or tokens == 128]
+TILES = [Mode(*mode, tokens) for mode in MODES for tokens in (128, 160) if mode[2] != SLAB or tokens == 128] + [
+    Mode(True, flip, NONE, stage, tokens, bank=True)
+    for flip, stage in ((False, STORE), (False, SWIGLU), (True, STORE), (True, GRADIENT))
+    for tokens in (128, 192)
+]
 MOST_SPILLED = 256
 """Bytes of a thread; a spill in the loop over the contraction costs more than this bound can tell."""
 
@@ -32,9 +36,9 @@ def test_can_be_compiled_here() -> None:
     assert missing() is None
 
 
-@pytest.mark.parametrize(("mode", "tokens"), TILES)
-def test_compiles(mode: tuple[bool, bool, int, int], tokens: int) -> None:
-    code, log = compile_mode(Mode(*mode, tokens))
+@pytest.mark.parametrize("mode", TILES, ids=str)
+def test_compiles(mode: Mode) -> None:
+    code, log = compile_mode(mode)
     assert code[:4] == b"\x7fELF"
     assert "wgmma.mma_async instructions are serialized" not in log, log
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]

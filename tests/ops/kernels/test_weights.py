@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.formats.scheme import ScaleLayout
+from octavo.ops.kernels.interleave import interleave
 from octavo.ops.kernels.weights import dequantize, transpose
 from octavo.ops.weights import storage
 from tests.ops.kernels.cases import ACTIVATIONS, DEVICE, Rows, seeds
@@ -33,6 +34,29 @@ def test_dequantizes_a_range_of_experts(
     for e in range(first, last):
         # an expert without rows is skipped: nothing reads its slot
         assert torch.equal(bank[e - first], want[e]) if counts[e] else bool(bank[e - first].isnan().all())
+
+
+def in_order(columns: int) -> list[int]:
+    """Of every 16 columns the even ones first."""
+    return [start + i for start in range(0, columns, 16) for i in (*range(0, 16, 2), *range(1, 16, 2))]
+
+
+@pytest.mark.parametrize("layout", [ScaleLayout("channel"), ScaleLayout("block", (128, 128))], ids=str)
+@pytest.mark.parametrize("columns", [16, 48, 272, 1040])
+def test_dequantizes_interleaved(layout: ScaleLayout, columns: int) -> None:
+    case = Rows([2, 1], 0, 0)
+    weight = case.weight(layout, 2, 24, columns)
+    bank = torch.empty((2, 48, columns), dtype=ACTIVATIONS, device=DEVICE)
+    dequantize(weight, case.offsets_E, 0, bank, interleaved=True)
+    assert torch.equal(bank, weight.dequantize(ACTIVATIONS)[..., in_order(columns)])
+
+
+@pytest.mark.parametrize("exponent", [0, 60, -60])
+@pytest.mark.parametrize("shape", [(3, 48), (2, 5, 16), (0, 32)])
+def test_interleaves_exactly(shape: tuple[int, ...], exponent: int) -> None:
+    x = torch.randn(shape, device=DEVICE).to(ACTIVATIONS)
+    want = (x.double() * 2.0**exponent).to(ACTIVATIONS)[..., in_order(shape[-1])]
+    assert torch.equal(interleave(x, exponent), want)
 
 
 @given(counts=st.lists(st.sampled_from((0, 1, 3)), min_size=1, max_size=4), seed=seeds, **sizes)

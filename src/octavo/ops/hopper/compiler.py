@@ -104,7 +104,7 @@ def _options(mode: Mode) -> list[str]:
         "MT": mode.products,
     }
     return [
-        f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v",
+        f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device", "--ptxas-options=-v",
         *(f"-D{name}={int(value)}" for name, value in values.items()),
     ]  # fmt: skip
 
