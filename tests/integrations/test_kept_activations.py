@@ -5,10 +5,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import octavo
+from octavo.cli.main import app
 from octavo.errors import ConfigError, EngineError
 from octavo.nn.experts import OctavoExperts
+from octavo.plan.skeleton import Adapters
+from octavo.plan.terms import Planner, Request
 from octavo.train.config import parse_config
 from tests.curves import dequantized
 
@@ -73,3 +77,18 @@ def test_a_run_that_recomputes_its_layers_refuses() -> None:
         parse_config({"model": model, **SFT})
     config = parse_config({"model": model, "train": {"gradient_checkpointing": "none"}, **SFT})
     assert config.model.activations == "fp8"
+
+
+def test_a_plan_counts_it() -> None:
+    folder = str(octavo.demo.checkpoint("qwen-tiny"))
+    planner = Planner(folder)
+    plain = planner.plan(Request(folder, Adapters(8), seq=512, checkpointing=False))
+    narrow = planner.plan(Request(folder, Adapters(8), seq=512, checkpointing=False, activations="fp8"))
+    assert 0.5 * plain.kept < narrow.kept < 0.95 * plain.kept
+    changes = planner.changes(Request(folder, Adapters(8), seq=512, checkpointing=False))
+    assert "model.activations: fp8" in [change.says for change in changes]
+    refused = CliRunner().invoke(app, ["plan", folder, "--activations", "fp8"])
+    assert refused.exit_code == 1
+    assert "--no-checkpointing" in refused.output
+    command = ["plan", folder, "--activations", "fp8", "--no-checkpointing", "--json"]
+    assert CliRunner().invoke(app, command).exit_code == 0

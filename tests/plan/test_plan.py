@@ -100,11 +100,15 @@ def test_adapters_and_optimizer_states_are_those_of_a_step(name, optimizer):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_layers_keep_is_what_autograd_keeps(name, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "activations"),
+    [(torch.bfloat16, "bf16"), (torch.float32, "bf16"), (torch.float32, "fp8")],
+    ids=["bfloat16", "float32", "float32, activations in fp8"],
+)
+def test_what_layers_keep_is_what_autograd_keeps(name, dtype, activations):
     """Measured on the real model: every storage that is saved for backward and is none of the parameters'."""
     folder, seq = octavo.demo.checkpoint(name), 96
-    model = octavo.load_model(folder)
+    model = octavo.load_model(folder, activations=activations)
     tuned = peft.get_peft_model(model, octavo.lora_config(model, r=8), autocast_adapter_dtype=False)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -125,7 +129,7 @@ def test_what_layers_keep_is_what_autograd_keeps(name, dtype):
         model.model(inputs_embeds=x_BSH, use_cache=False)
     real = sum(size for size, _ in saved.values())
     bare = bare_model(folder)
-    costs = layer_costs(with_adapters(bare, Adapters(8, None, dtype=dtype)), bare, 1, seq)
+    costs = layer_costs(with_adapters(bare, Adapters(8, None, dtype=dtype)), bare, 1, seq, activations)
     assert len(costs) == len(layers_of(model)) == model.config.num_hidden_layers
     assert sum(cost.kept for cost in costs) == pytest.approx(real, rel=0.12)
 

@@ -40,6 +40,13 @@ class Optimizer(StrEnum):
     SGD = "sgd"
 
 
+class Activations(StrEnum):
+    """As in ``model.activations``."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+
+
 class Dtype(StrEnum):
     """As in ``lora.dtype``."""
 
@@ -60,6 +67,9 @@ def plan(
     adapter_dtype: Annotated[Dtype, typer.Option(help="Dtype of the adapters.")] = Dtype.FLOAT32,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.ADAMW,
     grad_accumulation: Annotated[int, typer.Option(min=1, help="Forwards per optimizer step.")] = 1,
+    activations: Annotated[
+        Activations, typer.Option(help="What routed experts keep for backward; fp8 goes with --no-checkpointing.")
+    ] = Activations.BF16,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = True,
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -68,6 +78,10 @@ def plan(
     limit = None if gpu is None else gpu_bytes(gpu)
     if adapter_dtype == Dtype.BFLOAT16 and optimizer != Optimizer.ADAMW_8BIT:
         raise ConfigError("--adapter-dtype bfloat16 needs --optimizer adamw_8bit, which rounds stochastically.")
+    if activations == Activations.FP8 and checkpointing:
+        raise ConfigError(
+            "--activations fp8 shrinks what is kept with --no-checkpointing alone; give both, or neither."
+        )
     # Imported late: help and a wrong call should not wait for torch.
     import torch
 
@@ -87,6 +101,7 @@ def plan(
         seq=seq,
         grad_accumulation=grad_accumulation,
         optimizer=optimizer.value,
+        activations=activations.value,
         checkpointing=checkpointing,
         offload_hidden_states=offload_hidden_states,
     )

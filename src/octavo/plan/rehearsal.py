@@ -28,6 +28,7 @@ from octavo.ops.choice import Choice, Layer
 from octavo.ops.dequant import CHUNK_BYTES
 from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.gates import Gate
+from octavo.ops.kept import Activations
 from octavo.ops.reference import Numerics
 from octavo.ops.routing import Routing
 from octavo.ops.weights import DenseWeight, Weight
@@ -55,8 +56,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def layer_costs(tuned: nn.Module, base: PreTrainedModel, batch: int, seq: int) -> list[LayerCost]:
+def layer_costs(
+    tuned: nn.Module, base: PreTrainedModel, batch: int, seq: int, activations: Activations = "bf16"
+) -> list[LayerCost]:
     """The cost of every layer at ``batch`` rows of ``seq`` tokens. ``tuned``: ``base`` under its adapters.
+    ``activations``: in what routed experts keep theirs.
 
     Raises:
         PlanError: a layer's code needs values.
@@ -64,7 +68,7 @@ def layer_costs(tuned: nn.Module, base: PreTrainedModel, batch: int, seq: int) -
     layers = layers_of(base)
     known: dict[object, LayerCost] = {}
     found = []
-    with _standing_in(tuned, base):
+    with _standing_in(tuned, base, activations):
         decoder, owner = _decoder(base, layers)
         nothing = None
         for layer in layers:
@@ -207,7 +211,7 @@ def _flash(
 
 
 @contextmanager
-def _standing_in(tuned: nn.Module, base: PreTrainedModel) -> Iterator[None]:
+def _standing_in(tuned: nn.Module, base: PreTrainedModel, activations: Activations) -> Iterator[None]:
     AttentionInterface.register(_ATTENTION, _flash)
     config = base.config.get_text_config()
     attention = config._attn_implementation
@@ -215,7 +219,7 @@ def _standing_in(tuned: nn.Module, base: PreTrainedModel) -> Iterator[None]:
     ours = [module for module in tuned.modules() if isinstance(module, OctavoExperts | Float8Linear)]
     before = [module.settings for module in ours]
     for module in ours:
-        module.settings = _SketchSettings()
+        module.settings = _SketchSettings(activations=activations)
     was_training = tuned.training
     tuned.train()
     try:

@@ -9,8 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from octavo.integrations.lora_config import TARGETS
 from octavo.integrations.targets import find_weights
-from octavo.nn.experts import Float8Experts
+from octavo.nn.experts import Float8Experts, OctavoExperts
 from octavo.nn.linear import Float8Linear
+from octavo.ops.kept import Activations
 from octavo.plan.rehearsal import LayerCost, layer_costs, layers_of
 from octavo.plan.skeleton import Adapters, bare_model, nbytes, trainable, with_adapters
 
@@ -40,6 +41,7 @@ class Request:
     seq: int = 2048
     grad_accumulation: int = 1
     optimizer: Optimizer = "adamw"
+    activations: Activations = "bf16"
     checkpointing: bool = True
     offload_hidden_states: bool = False
     router_aux_loss: float | None = None
@@ -155,7 +157,7 @@ class Planner:
     def _measured(
         self, request: Request
     ) -> tuple[list[LayerCost], list[tuple[int, ...]], list[int], tuple[int, int, int]]:
-        key = (request.adapters, request.batch, request.seq)
+        key = (request.adapters, request.batch, request.seq, request.activations)
         if key not in self._costs:
             model = self._model()
             weights = _weights(model)
@@ -163,7 +165,7 @@ class Planner:
             try:
                 shapes = [tuple(parameter.shape) for _, _, parameter in trainable(tuned)]
                 per_layer = [sum(p.numel() for _, _, p in trainable(layer)) for layer in layers_of(model)]
-                costs = layer_costs(tuned, model, request.batch, request.seq)
+                costs = layer_costs(tuned, model, request.batch, request.seq, request.activations)
             finally:
                 # peft wraps in place.
                 self._bare = None
@@ -226,6 +228,11 @@ def _kept(request: Request, costs: list[LayerCost], hidden: int) -> list[int]:
     return [hidden * 3, *[0] * (len(costs) - 1)] if costs else []
 
 
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether there are routed experts on octavo's forward."""
+    return any(isinstance(module, OctavoExperts) for module in model.modules())
+
+
 def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, bool, Request]]:
     found: list[tuple[str, bool, Request]] = []
 
@@ -234,7 +241,12 @@ def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, b
 
     adapters = request.adapters
     if not request.checkpointing:
-        offer("train.gradient_checkpointing: non_reentrant", same_run=True, checkpointing=True)
+        says = "train.gradient_checkpointing: non_reentrant"
+        if request.activations == "fp8":
+            says += " and model.activations: bf16"
+        offer(says, same_run=request.activations == "bf16", checkpointing=True, activations="bf16")
+    if not request.checkpointing and request.activations == "bf16" and has_experts(model):
+        offer("model.activations: fp8", activations="fp8")
     if request.checkpointing and not request.offload_hidden_states:
         offer("train.offload_hidden_states: true", same_run=True, offload_hidden_states=True)
     if request.optimizer != "adamw_8bit" or adapters.dtype != torch.bfloat16:

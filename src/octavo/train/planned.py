@@ -25,6 +25,7 @@ def planned(config: SftConfig) -> Plan:
         seq=config.data.max_length * (train.batch_size if config.data.packing else 1),
         grad_accumulation=train.grad_accumulation,
         optimizer=train.optimizer,
+        activations=config.model.activations,
         checkpointing=train.gradient_checkpointing != "none",
         offload_hidden_states=train.offload_hidden_states,
         router_aux_loss=train.router_aux_loss,
