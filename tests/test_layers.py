@@ -39,6 +39,7 @@ KERNELS = "ops/kernels"
 # Names of the facade in octavo/__init__.py and the layer that each comes from.
 FACADE = {"load_model": "integrations", "enabled": "integrations", "configure": "integrations"}
 FACADE |= {"describe": "integrations", "lora_config": "integrations", "demo": "demo"}
+FACADE |= {"generate": "integrations"}
 
 HEAVY = ["torch", "transformers", "peft", "trl", "triton", "datasets", "numpy"]
 

@@ -11,6 +11,7 @@ from octavo.errors import AdapterError, CheckpointError, ConfigError, EngineErro
 if TYPE_CHECKING:
     from octavo import demo
     from octavo.integrations.compiled import compile_layers
+    from octavo.integrations.generation import generate
     from octavo.integrations.lora_config import lora_config
     from octavo.integrations.transformers import configure, describe, enabled, load_model
 
@@ -28,6 +29,7 @@ __all__ = [
     "demo",
     "describe",
     "enabled",
+    "generate",
     "load_model",
     "lora_config",
 ]
@@ -37,6 +39,7 @@ _HOME = {
     "configure": "octavo.integrations.transformers",
     "describe": "octavo.integrations.transformers",
     "enabled": "octavo.integrations.transformers",
+    "generate": "octavo.integrations.generation",
     "load_model": "octavo.integrations.transformers",
     "lora_config": "octavo.integrations.lora_config",
 }

@@ -1,0 +1,56 @@
+"""A step on fixed buffers that runs many times: as a CUDA graph where there is CUDA, else called again."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from octavo.errors import EngineError
+
+
+class Repeated:
+    """``step`` run again at every call; its result is one buffer, overwritten by the next call.
+
+    ``step`` reads and writes the same tensors each time and asks the device for no value. On CUDA the first call runs
+    it, which compiles its kernels; the second captures it; from then on a call is one launch, whatever Python ``step``
+    holds. Elsewhere every call runs it.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """The result of one more run.
+
+        Raises:
+            EngineError: the step cannot be captured; the text is that of CUDA.
+        """
+        if self._device.type != "cuda" or self._result is None:
+            self._keep(self._step())
+        else:
+            if self._graph is None:
+                self._graph = self._captured()
+            self._graph.replay()
+        assert self._result is not None
+        return self._result
+
+    def _keep(self, result: Tensor) -> None:
+        if self._result is None:
+            self._result = result.clone()
+        else:
+            self._result.copy_(result)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads (a logger, a loader that pins memory) may call CUDA meanwhile
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._keep(self._step())
+        except (RuntimeError, torch.AcceleratorError) as error:
+            raise EngineError(
+                f"A decoding step could not be captured as a CUDA graph: {error}. Switch graphs off (`rollout.graphs: "
+                "false`, `octavo chat --graphs false`, `octavo.generate(graphs=False)`)."
+            ) from error
+        return graph
