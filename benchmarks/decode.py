@@ -1,5 +1,6 @@
-"""Decoding: tokens/s of ``generate`` on a few full-width layers of Qwen3-30B-A3B, octavo in FP8 beside bf16; and the
-expert layer alone under CUDA-graph replay, beside the bytes that it must read.
+"""Decoding: tokens/s of ``octavo.generate`` on full-width layers of Qwen3-30B-A3B in FP8, as CUDA graphs and without,
+beside bf16 in transformers, both with and without LoRA; and the expert layer alone under CUDA-graph replay, beside the
+bytes that it must read.
 
     python -m benchmarks.decode --layers 2 --json result.json
 
@@ -33,14 +34,16 @@ TOLERANCE = 2e-2
 SIZES = QWEN3_CODER.sizes
 
 
-def tokens_per_second(model: nn.Module, batch: int, new: int, repeats: int = 3) -> float:
-    """Greedy, from 16 tokens of prompt; the best of ``repeats``."""
+def tokens_per_second(model: nn.Module, batch: int, new: int, *, graphs: bool, repeats: int = 2) -> float:
+    """Greedy, from 16 tokens of prompt, over the whole call; the best of ``repeats`` after a first."""
     prompt = torch.randint(0, SIZES["vocab_size"], (batch, 16), device="cuda")
     best = 0.0
     for _ in range(repeats + 1):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        given = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            octavo.generate(model, graphs=graphs, input_ids=prompt, **given)
         torch.cuda.synchronize()
         best = max(best, batch * new / (time.perf_counter() - began))
     return best
@@ -75,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
@@ -83,7 +86,7 @@ def main() -> None:
     def row(model: str, batch: int, **figures: float) -> None:
         facts = {"model": model, "layers": args.layers, "batch": batch}
         rows.append(facts | figures | {"device": torch.cuda.get_device_name(), "torch": torch.__version__})
-        print(f"{model:14s} batch {batch:3d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
+        print(f"{model:24s} batch {batch:3d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +101,9 @@ def main() -> None:
             if not error <= TOLERANCE:
                 print(f"{name:14s} batch {batch:3d}  WRONG: logits differ by {error:.1e} from the training engine's")
                 continue
-            row(name, batch, tokens_per_second=tokens_per_second(model, batch, args.new), error=error)
+            for graphs in (True, False):
+                rate = tokens_per_second(model, batch, args.new, graphs=graphs)
+                row(f"{name}{', graphs' if graphs else ''}", batch, tokens_per_second=rate, error=error)
         if name == "fp8":
             for tokens in (1, 2, 4, 8, 16, 64):
                 us, floor = expert_layer_us(model, tokens)
@@ -109,8 +114,11 @@ def main() -> None:
     config = Qwen3MoeConfig(**resolve(QWEN3_CODER.name, layers=args.layers).sizes)
     with torch.device("cuda"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    for batch in args.batches:
-        row("bf16", batch, tokens_per_second=tokens_per_second(plain, batch, args.new))
+    for name in ("bf16", "bf16 + LoRA r=16"):
+        if name != "bf16":
+            plain = peft.get_peft_model(plain, octavo.lora_config(plain, r=16)).eval()
+        for batch in args.batches:
+            row(name, batch, tokens_per_second=tokens_per_second(plain, batch, args.new, graphs=False))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([one | {"commit": commit()} for one in rows], indent=1) + "\n")

@@ -3,12 +3,20 @@
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import octavo
 from octavo.errors import EngineError
-from octavo.integrations import generation
+from octavo.integrations import generation, latent_attention
 from octavo.integrations.repeated import Repeated
+from octavo.nn.linear import Float8Linear
 
 MODELS = ("dense-tiny", "glm-tiny", "qwen-tiny")
 
@@ -160,3 +168,56 @@ def test_a_repeated_step_runs_on_its_buffers_and_gives_one_result():
     assert first.tolist() == [2, 2, 2]
     assert repeated() is first
     assert first.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("adapted", ["bare", "linear", "weight"])
+@pytest.mark.parametrize("name", ["glm", "deepseek"])
+def test_latents_attend_as_the_expanded_keys_and_values_do(name, adapted, monkeypatch):
+    torch.manual_seed(0)
+    if name == "glm":
+        model = octavo.load_model(octavo.demo.checkpoint("glm-tiny"), dtype=torch.float32)
+    else:
+        heads = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+        sizes = SIZES | {"num_key_value_heads": 2, "first_k_dense_replace": 1, "vocab_size": 4096}
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads))
+    if adapted != "bare":
+        where = (
+            {"target_modules": ["kv_b_proj"]} if adapted == "linear" else {"target_parameters": ["kv_b_proj.weight"]}
+        )
+        config = peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, **{"target_modules": [], **where})
+        model = peft.get_peft_model(model, config)
+    handed = []
+    real = latent_attention.attention
+
+    def watched(module, *given):
+        handed.append(type(module).__name__)
+        return real(module, *given)
+
+    monkeypatch.setattr(latent_attention, "attention", watched)
+    given = prompts() | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    model.eval()
+    with torch.no_grad():
+        want = model.generate(**given)
+        assert not handed
+        assert torch.equal(model.generate(custom_generate=generation.decode, **given), want)
+    # peft's own wrapper around a plain weight materialises W + BA, and there the layer expands
+    expands = name == "deepseek" and adapted == "weight"
+    assert set(handed) == (set() if expands else {{"glm": "Glm4MoeLiteAttention"}.get(name, "DeepseekV3Attention")})
+    layers = model.config.num_hidden_layers
+    assert expands or len(handed) == 11 * layers
+
+
+def test_rounded_numerics_expand_the_latents():
+    """They round what goes into the expansion, so the way around it would be other numerics."""
+    model = loaded("glm-tiny")
+    layers = [module for module in model.modules() if type(module).__name__ in latent_attention.CLASSES]
+    for numerics, expected in (("exact", True), ("fp8", False)):
+        octavo.configure(model, numerics=numerics)
+        with latent_attention.latents(model):
+            handing = {latent_attention.hands_latents(module) for module in layers if _is_float8(module)}
+        assert handing == {expected}
+    assert not any(latent_attention.hands_latents(module) for module in layers)
+
+
+def _is_float8(module):
+    return isinstance(module.kv_b_proj.get_base_layer(), Float8Linear)

@@ -57,6 +57,12 @@ def test_the_verb_holds_a_conversation_until_an_empty_line(run):
     assert result.stdout.count("an owl") == 2
 
 
+def test_graphs_that_were_asked_for_and_cannot_be_are_an_error(run):
+    result = CliRunner().invoke(app, ["chat", str(run), "--prompt", "who?", "--dtype", "float32", "--graphs", "true"])
+    assert result.exit_code == 1
+    assert "graphs need CUDA" in str(result.exception) + result.output
+
+
 def test_json_without_a_prompt_is_a_wrong_call(run):
     assert CliRunner().invoke(app, ["chat", str(run), "--json"]).exit_code == 2
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import octavo
 from octavo.cli.main import app
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, EngineError
+from octavo.integrations import generation
 from octavo.train.agreement import AgreementError
 from octavo.train.config import check_config, read_config
 from octavo.train.grpo_config import GrpoConfig
@@ -99,6 +100,27 @@ def test_the_reward_rises_on_a_real_model(tmp_path):
     run(**changed)
     rewards = metrics(tmp_path / "run", "reward")
     assert sum(rewards[-3:]) / 3 > 2 * rewards[0] > 0
+
+
+def test_sampling_on_fixed_buffers_takes_the_same_steps(tmp_path, checkpoint, questions, monkeypatch):
+    """The loop that CUDA graphs need, on a CPU, against transformers' own: same samples, probabilities and rewards."""
+    screen = Screen()
+    run(screen, **tree(checkpoint, questions, tmp_path / "own"))
+    assert "without CUDA graphs: it lies on cpu" in screen.getvalue()
+    monkeypatch.setattr(generation, "why_no_graphs", generation.why_not_static)
+    screen = Screen()
+    run(screen, **tree(checkpoint, questions, tmp_path / "fixed"))
+    assert "each token as a CUDA graph" in screen.getvalue()
+    assert metrics(tmp_path / "fixed", "reward") == metrics(tmp_path / "own", "reward")
+    assert metrics(tmp_path / "fixed", "completion_tokens") == metrics(tmp_path / "own", "completion_tokens")
+    assert max(metrics(tmp_path / "fixed", "agreement_worst")) < 1e-4
+
+
+def test_graphs_that_were_asked_for_and_cannot_be_stop_the_run(tmp_path, checkpoint, questions):
+    changed = tree(checkpoint, questions, tmp_path / "run")
+    changed["rollout"] |= {"graphs": True}
+    with pytest.raises(EngineError, match="asked for, but it lies on cpu"):
+        run(**changed)
 
 
 def test_forwards_of_any_size_take_the_same_step(tmp_path, checkpoint, questions):
@@ -272,6 +294,8 @@ def test_the_verb_prints_the_result_as_json(tmp_path, checkpoint, questions):
         ({"rollout": {"server": "localhost:8000"}}, r"begins with http"),
         ({"rollout": {"server": "http://x", "replay": True}}, r"a server does not tell"),
         ({"rollout": {"server": "http://x", "numerics": "fp8"}}, r"`numerics` of a server are its own"),
+        ({"rollout": {"server": "http://x", "graphs": True}}, r"a server has its own"),
+        ({"rollout": {"replay": True, "graphs": True}}, r"which a CUDA graph skips"),
         ({"rewards": []}, r"rewards"),
         ({"rollout": {"temperature": 0}}, r"rollout\.temperature"),
         ({"lora": {"dtype": "bfloat16"}, "train": {"optimizer": "adamw_8bit"}}, r"`lora\.dtype` of GRPO is float32"),

@@ -22,6 +22,9 @@ def chat(
     ] = "exact",
     engine: Annotated[str, typer.Option(help="How products are computed.")] = "auto",
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Dtype of what is not FP8.")] = "bfloat16",
+    graphs: Annotated[
+        Literal["auto", "true", "false"], typer.Option(help="Each token as one CUDA graph; auto: where it can be.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer to --prompt as JSON.")] = False,
 ) -> None:
     """Talk to a model with its trained adapter. An empty line ends the conversation, /reset begins another."""
@@ -34,7 +37,14 @@ def chat(
 
     console = Console(stderr=as_json)
     with console.status("loading", spinner="dots"):
-        session = load_chat(adapter, base=base, numerics=numerics, engine=engine, dtype=dtype)
+        session = load_chat(
+            adapter,
+            base=base,
+            numerics=numerics,
+            engine=engine,
+            dtype=dtype,
+            graphs="auto" if graphs == "auto" else graphs == "true",
+        )
     torch.manual_seed(seed)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     opening = [{"role": "system", "content": system}] if system is not None else []

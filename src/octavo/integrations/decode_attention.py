@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from octavo.integrations import latent_attention
+
 NAME = "octavo_decode"
 
 
@@ -24,7 +26,13 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """[B, 1, H, D], as transformers' attention functions give it; ``attention_mask``: bool [B, 1, 1, S]."""
+    """[B, 1, H, D], as transformers' attention functions give it; ``attention_mask``: bool [B, 1, 1, S].
+
+    Layers that hand over latents instead of keys and values: see :mod:`octavo.integrations.latent_attention`.
+    """
+    if latent_attention.hands_latents(module):
+        assert scaling is not None
+        return latent_attention.attention(module, query_BHQD, key_BNSD, value_BNSD, attention_mask, scaling), None
     B, H, _, D = query_BHQD.shape
     # the heads of one head of keys are consecutive
     rows = query_BHQD.reshape(B, key_BNSD.shape[1], -1, D)
@@ -33,12 +41,14 @@ def attention(
 
 
 @contextmanager
-def decoding(config: Any) -> Iterator[None]:
-    """Models of ``config`` attend by :func:`attention` inside the block."""
+def decoding(model: Any) -> Iterator[None]:
+    """``model`` attends by :func:`attention` inside the block."""
     AttentionInterface.register(NAME, attention)
+    config = model.config
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        yield
+        with latent_attention.latents(model):
+            yield
     finally:
         config._attn_implementation = before

@@ -133,7 +133,7 @@ def decode(
     run = _Sequences(input_ids, last, generation_config, has_ends=_has_ends(stopping_criteria))
     step = _Step(model, cache, mask_BP, length_S)
     repeated = Repeated(step, input_ids.device)
-    with decoding(model.config):
+    with decoding(model):
         while True:
             scores_BV = logits_processor(run.ids, logits_BV.to(copy=True, dtype=torch.float32))
             token_B = run.add(scores_BV, stopping_criteria)

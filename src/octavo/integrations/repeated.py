@@ -48,7 +48,9 @@ class Repeated:
             # other threads (a logger, a loader that pins memory) may call CUDA meanwhile
             with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._keep(self._step())
-        except (RuntimeError, torch.AcceleratorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
             raise EngineError(
                 f"A decoding step could not be captured as a CUDA graph: {error}. Switch graphs off (`rollout.graphs: "
                 "false`, `octavo chat --graphs false`, `octavo.generate(graphs=False)`)."

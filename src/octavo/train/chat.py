@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 import octavo
 from octavo.errors import ConfigError
+from octavo.integrations.generation import Graphs
 from octavo.train.folder import is_adapter
 
 
@@ -50,9 +51,11 @@ class Answer:
 class Chat:
     """A model with its adapter and tokenizer, ready to answer."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, graphs: Graphs = "auto") -> None:
+        """``graphs``: see `octavo.generate`."""
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self._graphs: Graphs = graphs
 
     def answer(
         self, turns: Sequence[dict[str, str]], sampling: Sampling, show: Callable[[str], None] | None = None
@@ -65,7 +68,9 @@ class Chat:
         streamer = None if show is None else _Streamer(self.tokenizer, show)
         began = time.perf_counter()
         with torch.inference_mode():
-            out_1T = self.model.generate(
+            out_1T = octavo.generate(
+                self.model,
+                graphs=self._graphs,
                 input_ids=ids_1T,
                 attention_mask=torch.ones_like(ids_1T),
                 streamer=streamer,
@@ -107,7 +112,13 @@ class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped
 
 
 def load_chat(
-    adapter: str, *, base: str | None = None, numerics: str = "exact", engine: str = "auto", dtype: str = "bfloat16"
+    adapter: str,
+    *,
+    base: str | None = None,
+    numerics: str = "exact",
+    engine: str = "auto",
+    dtype: str = "bfloat16",
+    graphs: Graphs = "auto",
 ) -> Chat:
     """Load an adapter (its folder, the folder of a run, or a hub id) onto the model it was trained on, or ``base``.
 
@@ -131,7 +142,7 @@ def load_chat(
     # Runs of `sft` save the tokenizer they trained with beside the adapter.
     tokenizer_at = where if (Path(where) / "tokenizer_config.json").is_file() else origin
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_at)
-    return Chat(PeftModel.from_pretrained(model, where), tokenizer)
+    return Chat(PeftModel.from_pretrained(model, where), tokenizer, graphs=graphs)
 
 
 def find_adapter(adapter: str) -> str:

@@ -18,6 +18,7 @@ from octavo.train.preview import Preview, say
 from octavo.train.prompts import Prompts, load_prompts
 from octavo.train.proof import GradientProofCallback, ProofReport
 from octavo.train.rewards import load_rewards
+from octavo.train.rollout.own import ModelSampler
 from octavo.train.rollout.vllm import SamplingParameters, VllmServer
 
 
@@ -79,11 +80,16 @@ class GrpoRun(BaseRun):
         say(
             self._console,
             f"a step: {train.prompts} prompts x {train.completions} completions of at most {rollout.max_new_tokens} "
-            f"tokens at temperature {rollout.temperature}, sampled by "
-            f"{rollout.server or f'the model itself, numerics {rollout.numerics}'}",
+            f"tokens at temperature {rollout.temperature}, sampled by {self._sampled_by()}",
         )
         for section, reward in zip(config.rewards, self.rewards, strict=True):
             say(self._console, f"reward {reward.__name__}: {section.function}, weight {section.weight}")
+
+    def _sampled_by(self) -> str:
+        sampler = self.trainer.sampler
+        if isinstance(sampler, ModelSampler):
+            return f"the model itself, numerics {self._config.rollout.numerics}, {sampler.decoding}"
+        return str(self._config.rollout.server)
 
     def _make_server(self, trainer: GrpoTrainer) -> VllmServer:
         config, rollout = self._config, self._config.rollout

@@ -40,6 +40,9 @@ class RolloutSection(Section):
     numerics: Literal["same", "exact", "fp8"] = Field(
         "same", description="Arithmetic of the FP8 products while sampling; `same`: that of training."
     )
+    graphs: Literal["auto"] | bool = Field(
+        "auto", description="Sample each token as one CUDA graph; `auto`: where the model and its device allow it."
+    )
     replay: bool = Field(False, description="Train with the experts that were chosen while sampling.")
     server: str | None = Field(
         None, description="Sample on a vLLM server at this address, such as http://localhost:8000, not in this process."
@@ -68,6 +71,14 @@ class RolloutSection(Section):
             raise ValueError("`replay` needs the experts that were chosen, which a server does not tell")
         if self.server is not None and self.numerics != "same":
             raise ValueError("`numerics` of a server are its own; leave it at `same`")
+        if self.server is not None and self.graphs is True:
+            raise ValueError("`graphs` are of the model's own sampling; a server has its own. Leave it at `auto`")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_record_nothing(self) -> Self:
+        if self.graphs is True and self.replay:
+            raise ValueError("`replay` records experts in Python, which a CUDA graph skips; leave `graphs` at `auto`")
         return self
 
 

@@ -68,7 +68,9 @@ class GrpoTrainer(Watched, trl.GRPOTrainer):  # type: ignore[misc]  # trl is unt
         self._signal = torch.zeros((), device=self.accelerator.device)
         numerics = None if rollout.numerics == "same" else rollout.numerics
         self.sampler: Sampler = (
-            ModelSampler(self, numerics=numerics, record=rollout.replay) if make_sampler is None else make_sampler(self)
+            ModelSampler(self, numerics=numerics, record=rollout.replay, graphs=rollout.graphs)
+            if make_sampler is None
+            else make_sampler(self)
         )
 
     def has_signal(self) -> bool:

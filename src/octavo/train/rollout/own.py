@@ -14,6 +14,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 import octavo
+from octavo.integrations.generation import Graphs, uses_graphs, why_no_graphs
 from octavo.nn.experts import OctavoExperts
 from octavo.nn.linear import Float8Linear
 from octavo.train.rollout.replay import RoutingRecorder
@@ -24,13 +25,22 @@ class ModelSampler:
     """Samples with the model of a trainer (trl's GRPOTrainer), in evaluation mode and under its autocast.
 
     ``numerics``: of the FP8 products while sampling, ``None`` for those that the model has. ``record``: keep the
-    experts that were chosen, for `RoutingReplay`.
+    experts that were chosen, for `RoutingReplay`. ``graphs``: see `octavo.generate`; what is recorded is recorded in
+    Python, so with ``record`` there are none.
+
+    Raises:
+        EngineError: graphs were asked for and cannot be had.
     """
 
-    def __init__(self, trainer: Any, *, numerics: str | None = None, record: bool = False) -> None:
+    def __init__(
+        self, trainer: Any, *, numerics: str | None = None, record: bool = False, graphs: Graphs = "auto"
+    ) -> None:
         self._trainer = trainer
         self._numerics = numerics
-        self._recorder = RoutingRecorder(trainer.accelerator.unwrap_model(trainer.model)) if record else None
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._graphs: Graphs = False if record else graphs
+        self.decoding = _decoding(model, self._graphs, record=record)
+        self._recorder = RoutingRecorder(model) if record else None
         self.routed_BSLK: Tensor | None = None
 
     def synchronize(self, model: Any, step: int) -> Synchronization:
@@ -59,7 +69,9 @@ class ModelSampler:
         ):
             if self._recorder is not None:
                 self._recorder.start(len(rows))
-            ids_BS = model.generate(
+            ids_BS = octavo.generate(
+                model,
+                graphs=self._graphs,
                 input_ids=ids_BP,
                 attention_mask=mask_BP,
                 generation_config=trainer.generation_config,
@@ -68,13 +80,24 @@ class ModelSampler:
             )
         if self._recorder is not None:
             self.routed_BSLK = self._recorder.stop(ids_BS.shape[1])
-        ids_BC, logprobs_BC = ids_BS[:, ids_BP.shape[1] :].cpu(), torch.stack(log_probs.taken, dim=1).cpu()
+        ids_BC = ids_BS[:, ids_BP.shape[1] :].cpu()
+        # Tokens that were sampled after every sequence had ended are not among the ids.
+        logprobs_BC = torch.stack(log_probs.taken[: ids_BC.shape[1]], dim=1).cpu()
         return list(_cut(ids_BC, logprobs_BC, trainer.eos_token_ids))
 
     def close(self) -> None:
         """Remove the hooks."""
         if self._recorder is not None:
             self._recorder.close()
+
+
+def _decoding(model: nn.Module, graphs: Graphs, *, record: bool) -> str:
+    """How tokens are computed, in words."""
+    if uses_graphs(model, graphs):
+        return "each token as a CUDA graph"
+    if record:
+        return "without CUDA graphs: `rollout.replay` records experts"
+    return f"without CUDA graphs: {why_no_graphs(model) or 'switched off'}"
 
 
 class _Logits(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
