@@ -7,8 +7,8 @@ import dis
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -59,11 +59,37 @@ class Float8Target:
 
 
 @dataclass(frozen=True)
+class StackedTarget:
+    """A parameter [E, parts·rows, columns] that matrices of one dtype fill, each expert's parts below one another.
+
+    ``entries``: part by part, as in :class:`Float8Target`. ``dtype``: by safetensors' name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: int
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.entries[0].dtype
+
+    def places(self, stack: Tensor) -> dict[str, Tensor]:
+        """Where each key goes in ``stack``: contiguous views."""
+        rows = self.shape[1] // self.parts
+        return {
+            entry.key: stack[index % self.shape[0]].narrow(0, index // self.shape[0] * rows, rows)
+            for index, entry in enumerate(self.entries)
+        }
+
+
+@dataclass(frozen=True)
 class Claims:
     """What becomes of every tensor: FP8 stacks and layers by owner module, and weights to dequantize at load.
 
     ``experts``: stacks by module, then by parameter. ``linears``: by module. ``dequantized``: embeddings, output
-    heads, and layers whose weight the model's own code reads. ``scales``: every scale in the files, by its name among
+    heads, and layers whose weight the model's own code reads. ``stacked``: whatever is stacked as is, FP8 or not.
+    ``wanted``: keys of all that fills something. ``scales``: every scale in the files, by its name among
     the model's modules and by its key on disk. ``renamed``: of the dequantized, key on disk to name among the model's
     modules.
     """
@@ -73,6 +99,8 @@ class Claims:
     dequantized: dict[str, Float8Target]
     scales: dict[str, TensorEntry]
     renamed: dict[str, str]
+    stacked: tuple[StackedTarget, ...] = ()
+    wanted: frozenset[str] = frozenset()
 
 
 def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
@@ -104,7 +132,44 @@ def claim(ledger: Ledger, model: PreTrainedModel) -> Claims:
         _check_stacked(names, parameters, weights, plain)
         _check_dtypes(parameters, plain)
         _check_declared(ledger, model, plain)
-    return _sort_targets(names, model, parameters, weights, plain)
+    claims = _sort_targets(names, model, parameters, weights, plain)
+    return replace(claims, stacked=tuple(_stacked(names, parameters, weights, plain)), wanted=_wanted(weights, plain))
+
+
+def _stacked(
+    names: "_Names",
+    parameters: dict[str, Tensor],
+    weights: dict[str, list[QuantizedWeight]],
+    plain: dict[str, list[TensorEntry]],
+) -> Iterator[StackedTarget]:
+    """The parameters that are their matrices one after another, whatever else their converters can do."""
+    entries = {target: [weight.weight for weight in filled] for target, filled in weights.items()}
+    for target, filled in (*entries.items(), *plain.items()):
+        converter, shape = names.converter_of.get(target), tuple(parameters[target].shape)
+        if converter is None or not _stacks_matrices(converter) or len(shape) != 3:
+            continue
+        parts = len(converter.source_patterns)
+        whole = (shape[1] // parts, shape[2])
+        if len(filled) == shape[0] * parts and {(entry.shape, entry.dtype) for entry in filled} == {
+            (whole, filled[0].dtype)
+        }:
+            yield StackedTarget(target, shape, parts, names.by_part(filled))
+
+
+def _stacks_matrices(converter: WeightConverter) -> bool:
+    """Whether a converter stacks matrices along a new first dimension, joins stacks along the second, and no more."""
+    first, *others = converter.operations
+    if type(first) is not MergeModulelist or first.dim != 0 or getattr(converter, "force_cpu", False):
+        return False
+    return all(type(other) is Concatenate and other.dim == 1 for other in others) and len(others) == (
+        len(converter.source_patterns) > 1
+    )
+
+
+def _wanted(weights: dict[str, list[QuantizedWeight]], plain: dict[str, list[TensorEntry]]) -> frozenset[str]:
+    quantized = [weight for filled in weights.values() for weight in filled]
+    entries = [entry for weight in quantized for entry in (weight.weight, weight.scale, weight.activation) if entry]
+    return frozenset(entry.key for entry in (*entries, *(entry for filled in plain.values() for entry in filled)))
 
 
 class _Names:
@@ -161,6 +226,10 @@ class _Names:
         if target.startswith(dot) and not name.startswith(dot):
             return dot + name
         return name if target.startswith(dot) else name.removeprefix(dot)
+
+    def by_part(self, entries: list[TensorEntry]) -> tuple[TensorEntry, ...]:
+        """``entries`` (experts in order) part by part, as the converter concatenates them."""
+        return tuple(sorted(entries, key=lambda entry: self._part_of.get(entry.key, 0)))
 
     def stacked(self, sources: list[QuantizedWeight]) -> tuple[QuantizedWeight, ...]:
         """``sources`` (experts in order) part by part, as the converter concatenates them."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
 from octavo.checkpoint.accounting import QuantizedWeight
 from octavo.checkpoint.headers import TensorEntry
@@ -16,6 +16,7 @@ from octavo.checkpoint.values import check_codes, check_scales
 from octavo.errors import CheckpointError
 from octavo.formats.weight import Float8Weight, multipliers
 from octavo.integrations.claims import Float8Target
+from octavo.integrations.delivery import Delivery, InPlace
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -241,6 +242,18 @@ def with_scales(
             "Nothing was loaded. This model's conversions in the installed transformers have a form that octavo does "
             "not know yet: please report it."
         )
+    return result
+
+
+def in_place(conversion: Any, delivery: Delivery) -> Any:
+    """``conversion``, or, if it stacks, one that takes what ``delivery`` has stacked already."""
+    if not isinstance(conversion, WeightConverter) or not isinstance(conversion.operations[0], MergeModulelist):
+        return conversion
+    operations = [InPlace(delivery, operation) for operation in conversion.operations]
+    result = WeightConverter(
+        list(conversion._original_source_patterns), list(conversion._original_target_patterns), operations
+    )
+    result.scope_prefix, result.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
     return result
 
 

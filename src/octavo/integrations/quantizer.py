@@ -23,6 +23,7 @@ from octavo.checkpoint.values import check_codes, check_scales
 from octavo.errors import CheckpointError, EngineError
 from octavo.integrations import conversions
 from octavo.integrations.claims import Claims, Float8Target, claim
+from octavo.integrations.delivery import Delivery
 from octavo.integrations.experts import experts_layout, gate_of, why_not_ours
 from octavo.integrations.peft import install
 from octavo.nn.experts import DenseExperts, Float8Experts, OctavoExperts, adopt_dense, adopt_float8
@@ -42,15 +43,20 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Saved again as the file's own dictionary, ``quant_method`` included.
     """
 
-    def __init__(self, raw: Mapping[str, Any], settings: Settings, *, registered_as: str) -> None:
+    def __init__(
+        self, raw: Mapping[str, Any], settings: Settings, *, registered_as: str, delivery: Delivery | None = None
+    ) -> None:
         self.raw = copy.deepcopy(dict(raw))
         self.settings = settings
+        # where the tensors come from, for as long as the load lasts
+        self.delivery = delivery
         # transformers looks the quantizer up under this name
         self.quant_method = registered_as
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(config_dict["raw"], Settings(*config_dict["settings"]), registered_as=PRIVATE_METHOD)
+        settings, delivery = Settings(*config_dict["settings"]), config_dict["delivery"]
+        config = cls(config_dict["raw"], settings, registered_as=PRIVATE_METHOD, delivery=delivery)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,12 +105,18 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not checkpoint_files:
+        delivery: Delivery | None = self.quantization_config.delivery
+        if delivery is not None:
+            self._ledger = delivery.ledger
+        elif checkpoint_files:
+            self._ledger = open_ledger([Path(file) for file in checkpoint_files])
+        else:
             raise CheckpointError(
                 "octavo loads FP8 weights from files; a state_dict without files cannot be accounted for."
             )
-        self._ledger = open_ledger([Path(file) for file in checkpoint_files])
         self._claims = claim(self.ledger, model)
+        if delivery is not None:
+            delivery.expect(self.claims.wanted, self.claims.stacked)
         for name, stacks in self.claims.experts.items():
             self._swap_experts(model.get_submodule(name), stacks)
         for name, target in self.claims.linears.items():
@@ -161,7 +173,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         linears = conversions.linear_scales(
             dict.fromkeys(scales, "weight_scale") | dict.fromkeys(activations, "input_scale"), self.claims.scales
         )
-        return [*dense, *stacked, *linears]
+        found = [*dense, *stacked, *linears]
+        delivery = self.quantization_config.delivery
+        return found if delivery is None else [conversions.in_place(conversion, delivery) for conversion in found]
 
     def _suffixes(self) -> tuple[list[str], list[str]]:
         """Last parts of the keys of weight scales and of activation scales, as this checkpoint spells them."""

@@ -13,12 +13,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers import auto
 
-from octavo.checkpoint.accounting import open_ledger
+from octavo.checkpoint.accounting import Ledger, open_ledger
 from octavo.errors import CheckpointError, EngineError
 from octavo.formats.scheme import is_fp8
+from octavo.integrations.delivery import Delivery, single_device
 from octavo.integrations.describe import describe
 from octavo.integrations.quantizer import (
     PRIVATE_METHOD,
@@ -84,36 +91,77 @@ def load_model(
             f"{folder.name} is a {config.model_type} model, which AutoModelForCausalLM of transformers does not build: "
             "it has no causal language model of that type. Load it with its own class inside `with octavo.enabled():`."
         )
-    if ledger.scheme is not None:
-        if engine == "stock":
-            raise CheckpointError(
-                f"{folder.name} holds FP8 weights, and engine='stock' is for unquantized models: transformers' own "
-                f"FP8 experts take no LoRA. "
-                "Leave engine at 'auto'."
-            )
-        _register_private()
-        _set_quantization_config(
-            config,
-            {
-                "quant_method": PRIVATE_METHOD,
-                "raw": dict(ledger.scheme.raw),
-                "settings": [settings.numerics, settings.engine, settings.activations],
-            },
+    if ledger.scheme is not None and engine == "stock":
+        raise CheckpointError(
+            f"{folder.name} holds FP8 weights, and engine='stock' is for unquantized models: transformers' own "
+            f"FP8 experts take no LoRA. "
+            "Leave engine at 'auto'."
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        device_map=device_map if device_map is not None else _current_device(),
-        attn_implementation=attn_implementation,
-        local_files_only=True,
-    )
-    if ledger.scheme is None and engine != "stock":
-        prepare(model, settings)
+    how = {
+        "dtype": dtype,
+        "device_map": device_map if device_map is not None else _current_device(),
+        "attn_implementation": attn_implementation,
+    }
+    if ledger.scheme is not None:
+        model = _load_float8(folder, config, ledger, settings, how)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **how)
+        if engine != "stock":
+            prepare(model, settings)
     if activations == "fp8":
         require_experts(model)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
     return model
+
+
+def _load_float8(folder: Path, config: Any, ledger: Ledger, settings: Settings, how: dict[str, Any]) -> PreTrainedModel:
+    """``from_pretrained`` with our quantizer; onto a single device from our reader in place of the loader's own."""
+    assert ledger.scheme is not None
+    _register_private()
+    device = single_device(how["device_map"])
+    delivery = None if device is None else Delivery(ledger, device)
+    quantization = {
+        "quant_method": PRIVATE_METHOD,
+        "raw": dict(ledger.scheme.raw),
+        "settings": [settings.numerics, settings.engine, settings.activations],
+        "delivery": delivery,
+    }
+    if delivery is None:
+        _set_quantization_config(config, quantization)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, **how
+        )
+        return model
+    model_class, config = _model_class(config)
+    _set_quantization_config(config, quantization)
+    try:
+        model = model_class.from_pretrained(None, config=config, state_dict=delivery.sources, **how)
+    finally:
+        delivery.close()
+    model.config.quantization_config.delivery = None
+    if model.can_generate():
+        model.generation_config = _generation_config(folder)
+    return model
+
+
+def _model_class(config: Any) -> tuple[Any, Any]:
+    """The class that AutoModelForCausalLM builds of ``config``, and the config that it builds it with."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if isinstance(found, list | tuple):
+        by_name = {one.__name__: one for one in found}
+        found = next((by_name[name] for name in config.architectures or () if name in by_name), found[0])
+    text = config.get_text_config()
+    return (found, text) if found.config_class is type(text) else (found, config)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """What ``from_pretrained`` of a folder would have given the model."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
 
 
 def find_checkpoint(
