@@ -34,6 +34,7 @@ from transformers import TrainerCallback
 
 import octavo
 from benchmarks.checkpoints import build_plain, write
+from octavo.errors import EngineError
 from octavo.integrations.generation import Graphs, why_no_graphs
 from octavo.train.base import quiet
 from octavo.train.config import check_config
@@ -249,6 +250,8 @@ def generation(model: Any, args: argparse.Namespace, graphs: Graphs) -> dict[str
         seconds = time.perf_counter() - began
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).partition(". ")[0]}
+    except EngineError as error:
+        return {"failed": str(error)}
     found = {
         "sequences": len(ids),
         "prompt_tokens": ids.shape[1],

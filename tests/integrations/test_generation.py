@@ -146,7 +146,9 @@ def test_other_caches_and_attentions_are_refused_by_name():
     assert "attention is eager" in generation.why_not_static(eager)
     assert "holds no model" in generation.why_not_static(torch.nn.Linear(2, 2))
     model = octavo.load_model(octavo.demo.checkpoint("glm-tiny"), engine="reference")
-    assert "engine reference" in generation.why_not_static(model)
+    reason = generation._why_experts_wait(model, torch.device("cpu"))
+    assert "mlp.experts run on the torch code of engine reference" in reason
+    assert generation._why_experts_wait(loaded("dense-tiny"), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("asked", [{"num_beams": 2}, {"return_dict_in_generate": True}])

@@ -257,7 +257,7 @@ def _variant(config: Any) -> str:
 
 
 class Linear(_NoMerge, _Lora, StockLinear):  # type: ignore[misc]
-    """``lora.Linear`` over :class:`Float8Linear`: ``y = base(x) + s · B(A(dropout(x)))``, as peft has it in training."""
+    """``lora.Linear`` over :class:`Float8Linear`: ``y = base(x) + s · B(A(dropout(x)))``, in training by peft."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = None if args or kwargs else _add_lora(self, x)

@@ -21,6 +21,7 @@ from octavo.integrations.decode_attention import decoding
 from octavo.integrations.experts import experts_layout
 from octavo.integrations.repeated import Repeated
 from octavo.nn.experts import OctavoExperts
+from octavo.ops.engines import ProductEngine
 
 Graphs = Literal["auto"] | bool
 
@@ -64,7 +65,21 @@ def why_no_graphs(model: nn.Module) -> str | None:
         return f"it lies on {', '.join(sorted(map(str, devices)))}, and graphs need CUDA"
     if len(devices) > 1:
         return f"it is spread over {len(devices)} devices"
-    return why_not_static(model)
+    return why_not_static(model) or _why_experts_wait(model, devices.pop())
+
+
+def _why_experts_wait(model: nn.Module, device: torch.device) -> str | None:
+    """Why some experts of ``model`` ask the device for a value while they compute; ``None`` when none do."""
+    for name, module in model.named_modules():
+        if not isinstance(module, OctavoExperts):
+            continue
+        layer = module.layer(device, torch.bfloat16)
+        for _, engine in module.settings.choose(layer).steps:
+            unquantized = layer.layout == "none" and engine.name == "dequant"
+            # the torch code of an engine; kernels are subclasses
+            if type(engine) is ProductEngine and not unquantized:
+                return f"the experts {name} run on the torch code of engine {engine.name}, which asks for sizes"
+    return None
 
 
 def why_not_static(model: nn.Module) -> str | None:
@@ -85,10 +100,7 @@ def why_not_static(model: nn.Module) -> str | None:
     if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation}, and only sdpa was tried"
     for name, module in model.named_modules():
-        if isinstance(module, OctavoExperts):
-            if module.settings.engine == "reference":
-                return "the experts run on the engine reference, which asks the device for sizes"
-        elif experts_layout(module) is not None:
+        if not isinstance(module, OctavoExperts) and experts_layout(module) is not None:
             return f"the experts {name} run on transformers' own forward, which asks the device for sizes"
     return None
 

@@ -13,6 +13,9 @@ from octavo.ops.reference import spans
 from octavo.ops.weights import DenseWeight, Weight
 
 CHUNK_BYTES = 400_000_000
+# Up to so many rows a product of unquantized experts does not ask the device where experts end; past them the pass that
+# clears rows of other ranks costs more than the question.
+FEW_ROWS = 8192
 
 
 def grouped_product(x_MK: Tensor, weight: Weight, ends: list[int], *, transposed: bool) -> Tensor:
@@ -32,6 +35,26 @@ def grouped_product(x_MK: Tensor, weight: Weight, ends: list[int], *, transposed
         chunk_ends = [rows.stop - first for _, rows in chunk]
         y_MN[first:last] = dense_product(x_MK[first:last], bank, chunk_ends)
     return y_MN
+
+
+def unasked_product(x_MK: Tensor, weight: DenseWeight, offsets_E: Tensor, *, transposed: bool) -> Tensor:
+    """:func:`grouped_product` with unquantized experts, in one grouped product of all of them, whose ends stay on the
+    device: it can be captured in a CUDA graph.
+    """
+    bank = weight.weight_ENK.to(x_MK.dtype)
+    bank = bank if transposed else bank.transpose(-1, -2)
+    width, short_k, short_n = bank.shape[2], -bank.shape[1] % 8, -bank.shape[2] % 8
+    if short_k or short_n:
+        # operands have rows of 16 bytes; factors of a small rank have less
+        x_MK, bank = F.pad(x_MK, (0, short_k)), F.pad(bank, (0, short_n, 0, short_k))
+    y_MN = F.grouped_mm(x_MK.contiguous(), bank, offs=offsets_E)[:, :width]
+    past_M1 = torch.arange(y_MN.shape[0], device=y_MN.device)[:, None] >= offsets_E[-1]
+    return y_MN.masked_fill(past_M1, 0)
+
+
+def takes_unasked(x_MK: Tensor) -> bool:
+    """Whether :func:`unasked_product` is for these rows: few of them, on a device with torch's grouped product."""
+    return x_MK.shape[0] <= FEW_ROWS and _has_grouped_mm(x_MK)
 
 
 def dense_product(x_MK: Tensor, bank_EKN: Tensor, ends: list[int]) -> Tensor:
@@ -57,10 +80,13 @@ def grouped_outer(dy_MN: Tensor, x_MK: Tensor, ends: list[int]) -> Tensor:
 
 def has_grouped_mm(x_MK: Tensor, bank_EKN: Tensor) -> bool:
     """Whether torch's grouped product takes these operands: CUDA of SM80 or later, bfloat16, strides of 16 bytes."""
+    return _has_grouped_mm(x_MK) and x_MK.shape[1] % 8 == 0 and bank_EKN.shape[-1] % 8 == 0
+
+
+def _has_grouped_mm(x_MK: Tensor) -> bool:
     if x_MK.device.type != "cuda" or x_MK.dtype != torch.bfloat16:
         return False
-    aligned = x_MK.shape[1] % 8 == 0 and bank_EKN.shape[-1] % 8 == 0
-    return aligned and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
+    return torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
 
 
 Span = tuple[int, slice]

@@ -128,6 +128,8 @@ class ProductEngine:
         return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 
     def _product(self, x_MK: Tensor, weight: Weight, routing: Routing, *, transposed: bool = False) -> Tensor:
+        if self.name == "dequant" and isinstance(weight, DenseWeight) and dequant.takes_unasked(x_MK):
+            return dequant.unasked_product(x_MK, weight, routing.offsets_E, transposed=transposed)
         ends = routing.offsets_E.tolist()
         if self.name == "dequant":
             return dequant.grouped_product(x_MK, weight, ends, transposed=transposed)
