@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import Tensor, nn
@@ -51,11 +50,24 @@ def attention(
     D, V = module.qk_nope_head_dim, module.v_head_dim
     query_BHD, turned_BHP = query_BH1Q[:, :, 0].split([D, module.qk_rope_head_dim], dim=-1)
     parts = [_Part(module.kv_b_proj, query_BH1Q.dtype), *_factors(module.kv_b_proj)]
-    query_BHC = _sum([part.on_query(query_BHD, D, V) for part in parts]).to(latent_B1SC.dtype)
-    rows_B1HK = torch.cat([query_BHC, turned_BHP.to(query_BHC.dtype)], dim=-1)[:, None]
-    keys_B1SK = torch.cat([latent_B1SC, rotary_B1SP], dim=-1)
-    seen_BHC = F.scaled_dot_product_attention(rows_B1HK, keys_B1SK, latent_B1SC, attn_mask=mask, scale=scaling)[:, 0]
+    latent_BSC, rotary_BSP = latent_B1SC[:, 0], rotary_B1SP[:, 0]
+    query_BHC = _sum([part.on_query(query_BHD, D, V) for part in parts])
+    scores_BHS = _scores(query_BHC, latent_BSC).add_(_scores(turned_BHP, rotary_BSP)).mul_(scaling)
+    if mask is not None:
+        scores_BHS.masked_fill_(~mask[:, 0], float("-inf"))
+    seen_BHC = torch.bmm(scores_BHS.softmax(dim=-1).to(latent_BSC.dtype), latent_BSC)
     return _sum([part.on_output(seen_BHC, D, V) for part in parts]).to(query_BH1Q.dtype)[:, None]
+
+
+def _scores(query_BHX: Tensor, keys_BSX: Tensor) -> Tensor:
+    """Products of queries and keys in float32, which a fused kernel for attention would not round either.
+
+    No fused kernel has heads as wide as latents, and the keys are read once here as there.
+    """
+    query_BHX, keys_BXS = query_BHX.to(keys_BSX.dtype), keys_BSX.transpose(1, 2)
+    if keys_BSX.is_cuda and keys_BSX.dtype != torch.float32:
+        return torch.bmm(query_BHX, keys_BXS, out_dtype=torch.float32)
+    return torch.bmm(query_BHX.float(), keys_BXS.float())
 
 
 class _Part:
