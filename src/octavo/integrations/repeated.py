@@ -45,8 +45,13 @@ class Repeated:
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # other threads (a logger, a loader that pins memory) may call CUDA meanwhile
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self._device),
+                # a capture that fails does not give the stream back by itself
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                # other threads (a logger, a loader that pins memory) may call CUDA meanwhile
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 self._keep(self._step())
         except torch.OutOfMemoryError:
             raise
