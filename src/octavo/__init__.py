@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo import demo
     from octavo.integrations.compiled import compile_layers
     from octavo.integrations.generation import generate
+    from octavo.integrations.graphs import graph_layers
     from octavo.integrations.lora_config import lora_config
     from octavo.integrations.transformers import configure, describe, enabled, load_model
 
@@ -30,6 +31,7 @@ __all__ = [
     "describe",
     "enabled",
     "generate",
+    "graph_layers",
     "load_model",
     "lora_config",
 ]
@@ -40,6 +42,7 @@ _HOME = {
     "describe": "octavo.integrations.transformers",
     "enabled": "octavo.integrations.transformers",
     "generate": "octavo.integrations.generation",
+    "graph_layers": "octavo.integrations.graphs",
     "load_model": "octavo.integrations.transformers",
     "lora_config": "octavo.integrations.lora_config",
 }

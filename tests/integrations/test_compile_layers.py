@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import octavo
 from octavo import demo
 from octavo.errors import EngineError
+from octavo.integrations import taps
 from octavo.integrations.compiled import compiled_layers
 from octavo.train.routing import ExpertTokens
 from tests.integrations.test_matrix import relative
@@ -137,6 +138,16 @@ def test_a_hook_that_may_change_something_keeps_the_layer_eager():
     handle.remove()
     assert relative(changed["loss"], before["loss"]) > 1e-4
     assert_same(before, step(model, 12))
+
+
+def test_a_forward_looks_no_modules_up_anew():
+    model = octavo.compile_layers(tuned("qwen-tiny", layers=2), backend="aot_eager")
+    step(model, 12)
+    before = taps._registrations
+    step(model, 12)
+    assert taps._registrations == before
+    model.base_model.model.model.layers[0].self_attn.extra = nn.Identity()
+    assert taps._registrations == before + 1
 
 
 def test_off_is_as_before():

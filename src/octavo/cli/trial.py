@@ -25,7 +25,10 @@ def trial(
     compile_layers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers of octavo's rows, on a GPU.")
     ] = True,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a row; the first two are not counted.")] = 6,
+    graph_layers: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="Replay the layers of octavo's rows as CUDA graphs, on a GPU.")
+    ] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a row; the first three are not counted.")] = 6,
     profile: Annotated[bool, typer.Option(help="Say by kind of kernel where a step's time goes.")] = False,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all rows.")] = 3600.0,
     out: Annotated[Path | None, typer.Option(help="JSON file to which every row is appended.")] = None,
@@ -56,6 +59,7 @@ def trial(
             optimizer=optimizer,  # type: ignore[arg-type]
             offload_hidden_states=offload_hidden_states,
             compile=compile_layers,
+            graphs=graph_layers,
             steps=steps,
             profile=profile,
         )

@@ -4,13 +4,14 @@ trains.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from octavo.integrations.compiled import compiled_layers
+from octavo.integrations.graphs import GraphsState, graphs_state
 from octavo.nn.experts import OctavoExperts
 from octavo.nn.linear import Float8Linear
 
@@ -36,10 +37,13 @@ class Description:
     """What :func:`describe` found; ``str()`` of it is the table.
 
     ``compiled``: the decoder layers that run as compiled graphs while they train, as ``0-46``; empty for none.
+    ``graphed``: those that replay CUDA graphs, and ``graphs`` what became of that.
     """
 
     rows: tuple[Row, ...]
     compiled: str = ""
+    graphed: str = ""
+    graphs: GraphsState | None = None
 
     def __str__(self) -> str:
         header = ("module", "layers", "modules", "storage", "engine", "numerics", "kept", "size", "trains")
@@ -63,6 +67,10 @@ class Description:
         ]
         if self.compiled:
             lines.append(f"layers {self.compiled} run as compiled graphs while they train (octavo.compile_layers)")
+        if self.graphs is not None:
+            lines.append(
+                f"layers {self.graphed} replay CUDA graphs while they train (octavo.graph_layers): {self.graphs}"
+            )
         return "\n".join(lines)
 
 
@@ -102,6 +110,7 @@ def describe(model: nn.Module) -> Description:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 trains[key] += parameter.numel()
+    graphs = graphs_state(model)
     return Description(
         tuple(
             Row(
@@ -117,7 +126,9 @@ def describe(model: nn.Module) -> Description:
             )
             for key, count in counts.items()
         ),
-        _ranges([int(name.rpartition(".")[2]) for name in compiled_layers(model)]) if compiled_layers(model) else "",
+        _numbers(compiled_layers(model)),
+        _numbers([] if graphs is None else graphs.layers),
+        graphs,
     )
 
 
@@ -161,6 +172,11 @@ def _size(gigabytes: float) -> str:
 
 def _pattern(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _numbers(layers: Sequence[str]) -> str:
+    """The numbers of the layers of these names, as :func:`_ranges` has them; empty for none."""
+    return _ranges([int(name.rpartition(".")[2]) for name in layers]) if layers else ""
 
 
 def _ranges(layers: list[int]) -> str:

@@ -35,6 +35,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "optim": ("train.optimizer",),
     "attn_implementation": ("model.attention",),
     "torch_compile": ("train.compile",),
+    "cuda_graphs": ("train.graphs",),
     "activation_offloading": ("train.offload_hidden_states",),
     "autocast_adapter_dtype": ("lora.dtype",),
     "save_steps": ("train.save_every",),
@@ -191,6 +192,10 @@ class TrainSection(OptimizationSection):
         "auto",
         description="Decoder layers as compiled graphs while they train; `auto`: on a GPU. Step one takes a minute.",
     )
+    graphs: Literal["auto"] | bool = Field(
+        "auto",
+        description="Replay checkpointed decoder layers as CUDA graphs; `auto`: on one GPU, without dropout.",
+    )
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
     eval_on_start: bool = Field(False, description="Evaluate once before the first step.")
     early_stopping: int | None = Field(
@@ -256,6 +261,22 @@ class SftConfig(RunConfig):
     @model_validator(mode="after")
     def _activations_are_kept(self) -> Self:
         require_kept(self.model, self.train)
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_replay_checkpoints(self) -> Self:
+        if self.train.graphs is not True:
+            return self
+        if self.train.gradient_checkpointing == "none":
+            raise ValueError(
+                "`train.graphs` take the place of gradient checkpointing, and `train.gradient_checkpointing` is "
+                "`none`; set it to `non_reentrant`, or `graphs` to `auto`"
+            )
+        if self.lora.dropout > 0:
+            raise ValueError(
+                f"`train.graphs` would draw other random numbers in each half, and `lora.dropout` is "
+                f"{self.lora.dropout}; set it to 0, or `graphs` to `auto`"
+            )
         return self
 
     @model_validator(mode="after")

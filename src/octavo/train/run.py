@@ -1,11 +1,13 @@
 """``octavo sft`` from configuration to adapter."""
 
 import torch
+import trl
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback
 from trl.chat_template_utils import get_training_chat_template
 
 from octavo.errors import ConfigError, OctavoError
+from octavo.integrations.graphs import graphs_state
 from octavo.train.arguments import sft_arguments
 from octavo.train.base import BaseRun, load_tokenizer, quiet
 from octavo.train.config import SftConfig
@@ -67,6 +69,7 @@ class Run(BaseRun):
             adapter_dtype=getattr(torch, config.lora.dtype),
             offload_hidden_states=config.train.offload_hidden_states,
             compile_layers=args.device.type == "cuda" if config.train.compile == "auto" else config.train.compile,
+            graph_layers=_replays(config, args),
         )
         if args.device.type == "cuda" and config.model.dtype == "bfloat16":
             self._plan(self.trainer)
@@ -86,9 +89,29 @@ class Run(BaseRun):
         trainer.meter.plan = plan.allocated
         say(self._console, f"planned peak {plan.peak / GB:.2f} GB, in {plan.moment}; `octavo plan` shows its terms")
 
+    def train(self) -> RunResult:
+        """See :meth:`BaseRun.train`; says in the end how many forwards of a layer were replayed, and why others not."""
+        result = super().train()
+        state = graphs_state(self.trainer.model)
+        if state is not None:
+            say(self._console, f"CUDA graphs: {state}")
+        return result
+
     def _own_callbacks(self) -> list[TrainerCallback]:
         patience = self._config.train.early_stopping
         return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+
+def _replays(config: SftConfig, args: trl.SFTConfig) -> bool:
+    """Whether decoder layers are replayed as CUDA graphs."""
+    if config.train.graphs != "auto":
+        if config.train.graphs and args.world_size > 1:
+            raise ConfigError(
+                f"`train.graphs` are for one GPU, and {args.world_size} processes train. Set it to `auto` or `false`."
+            )
+        return config.train.graphs
+    recomputes = config.train.gradient_checkpointing != "none" and config.lora.dropout == 0
+    return bool(args.device.type == "cuda" and args.world_size == 1 and recomputes)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase, train: Examples, loss: Loss, config: SftConfig) -> None:

@@ -60,6 +60,7 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         adapter_dtype: torch.dtype = torch.float32,
         offload_hidden_states: bool = False,
         compile_layers: bool = False,
+        graph_layers: bool = False,
     ) -> None:
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
@@ -76,6 +77,8 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         _cast_adapters(self.model, adapter_dtype)
         if compile_layers:
             octavo.compile_layers(self.model)
+        if graph_layers:
+            octavo.graph_layers(self.model)
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)

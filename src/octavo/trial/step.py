@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import octavo
 from octavo.errors import OctavoError
+from octavo.integrations.graphs import graphs_state
 from octavo.plan.skeleton import Adapters
 from octavo.plan.terms import Optimizer, Planner, Request
 from octavo.train.offload import HiddenStatesOnHost
@@ -40,7 +41,8 @@ _TARGETS = {"attention": ("attention",), "experts": ("attention", "experts")}
 @dataclass(frozen=True)
 class Row:
     """What to measure. ``numerics`` ``bf16``: the plain model of the same config on transformers' own experts, made in
-    memory, never compiled; the others are octavo's, on the checkpoint. ``compile``: on a GPU, as `octavo sft` does.
+    memory, never compiled; the others are octavo's, on the checkpoint. ``compile`` and ``graphs``: on a GPU, as
+    `octavo sft` does.
     """
 
     checkpoint: str
@@ -55,6 +57,7 @@ class Row:
     optimizer: Optimizer = "adamw"
     offload_hidden_states: bool = False
     compile: bool = True
+    graphs: bool = True
     steps: int = 6
     profile: bool = False
     with_plan: bool = True
@@ -93,6 +96,8 @@ def measure(row: Row) -> dict[str, Any]:
     compiled = row.compile and row.numerics != "bf16" and where.type == "cuda"
     if compiled:
         octavo.compile_layers(tuned)
+    if row.graphs and row.numerics != "bf16" and where.type == "cuda":
+        octavo.graph_layers(tuned)
     optimizer = _optimizer(row, [p for p in tuned.parameters() if p.requires_grad])
     offload = HiddenStatesOnHost(tuned.parameters(), where) if row.offload_hidden_states else None
     generator = torch.Generator(where).manual_seed(0)
@@ -120,8 +125,9 @@ def measure(row: Row) -> dict[str, Any]:
         step()
         _wait(where)
         seconds.append(time.perf_counter() - start)
-    # The first steps compile, tune and allocate.
-    typical = statistics.median(seconds[min(2, len(seconds) - 1) :])
+    # The first steps compile, tune and allocate, and the third records.
+    typical = statistics.median(seconds[min(3, len(seconds) - 1) :])
+    graphs = graphs_state(tuned)
     figures: dict[str, Any] = {
         "model": row.model,
         "numerics": row.numerics,
@@ -134,6 +140,7 @@ def measure(row: Row) -> dict[str, Any]:
         "adapter_dtype": row.adapter_dtype,
         "offload_hidden_states": row.offload_hidden_states,
         "compile": compiled,
+        "graphs": None if graphs is None else str(graphs),
         "tokens_per_s": row.batch * row.seq / typical,
         "step_ms": 1e3 * typical,
         "step_ms_all": [1e3 * second for second in seconds],
