@@ -86,11 +86,13 @@ class CudaRecorder:
             with torch.cuda.stream(self._stream):
                 # Other threads, such as NCCL's, may do what they like meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                done = False
                 try:
                     work()
-                except BaseException:
-                    self._abandon(graph)
-                    raise
+                    done = True
+                finally:
+                    if not done:
+                        self._abandon(graph)
                 graph.capture_end()
         finally:
             if collecting:
