@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import octavo
 from octavo import demo
+from octavo.integrations import graphs
 from octavo.integrations.graphs import graphs_state
 from tests.gpu.device import needs_gpu
 from tests.integrations.test_graph_layers import assert_equal
@@ -51,7 +52,14 @@ def test_losses_and_gradients_are_those_of_checkpointing(name: str) -> None:
         assert_equal(one, other)
     state = graphs_state(model)
     assert state is not None
-    assert state.replayed == 4 * len(state.layers)
+    # unquantized experts read offsets on the host for the gradients of LoRA; the layers after them go on
+    waiting = {"glm-tiny": 4, "qwen-tiny": 0}[name]
+    refused = {reason: count for reason, count in state.unrecorded.items() if reason != graphs._EARLY}
+    assert all("it waits for the GPU" in reason for reason in refused)
+    assert sum(refused.values()) % 4 == 0
+    assert sum(refused.values()) >= waiting
+    assert state.recordings == len(state.layers) - sum(refused.values()) // 4 > 0
+    assert state.replayed == 4 * state.recordings
     assert state.kept_bytes == 0
 
 
@@ -66,4 +74,4 @@ def test_what_waits_for_the_gpu_is_left_as_it_was() -> None:
     state = graphs_state(model)
     assert state is not None
     assert state.replayed == 0
-    assert any("recording it failed" in reason for reason in state.unrecorded)
+    assert any("it waits for the GPU" in reason for reason in state.unrecorded)

@@ -296,6 +296,28 @@ def test_dropout_is_not_recorded_and_draws_as_before():
     assert "draws random numbers" in reason
 
 
+def test_a_layer_that_cannot_be_recorded_leaves_the_others(monkeypatch):
+    model = tuned("qwen-tiny", layers=3)
+    want = step(model, 12)
+    octavo.graph_layers(model)
+    asked = []
+
+    def refuses_the_second(self: object, work: Callable[[], None]) -> None:
+        asked.append(work)
+        if len(asked) == 2:
+            raise recorder.Unrecordable("it waits for the GPU")
+        work()
+
+    monkeypatch.setattr(DoneAgain, "warm", refuses_the_second)
+    for _ in range(4):
+        assert_equal(want, step(model, 12))
+    assert len(asked) == 3
+    state = graphs_state(model)
+    assert state.recordings == 2
+    assert state.replayed == 4
+    assert state.unrecorded == {EARLY: 6, "it waits for the GPU": 2}
+
+
 def test_an_error_of_torch_leaves_the_layer_as_before(monkeypatch):
     def fails(self: object, work: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand so on")

@@ -44,7 +44,7 @@ class CudaRecorder:
     def warm(self, work: Callable[[], None]) -> None:
         """Twice, on the stream of the recording: libraries load, and cuBLAS gets its workspaces, outside of a graph.
 
-        The second time nothing may wait for the GPU, which a recording could not; the error then is torch's own.
+        The second time nothing may wait for the GPU, which a recording could not.
         """
         torch.cuda.synchronize(self._device)
         # What the layers before left in reserve for their stream is of no use to this one.
@@ -55,8 +55,14 @@ class CudaRecorder:
             self._on_stream(work)
             # Not the first time: a compiler that tunes draws random numbers too.
             before = generator.get_state()
-            with _no_waiting():
-                self._on_stream(work)
+            try:
+                with _no_waiting():
+                    self._on_stream(work)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # It went well a moment ago, so this is what is not allowed now.
+                raise Unrecordable(f"it waits for the GPU ({str(error).splitlines()[0]})") from error
             after = generator.get_state()
         finally:
             generator.set_state(start)
