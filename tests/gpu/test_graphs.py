@@ -37,7 +37,9 @@ def trained(model: nn.Module, steps: int, length: int = 64) -> list[dict[str, Te
         # the only attention whose gradient is the same from run to run on every card
         with torch.autocast("cuda", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        # and so in the recompute
+        with sdpa_kernel(SDPBackend.MATH):
+            loss.backward()
         found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad})
         found[-1]["loss"] = loss.detach()
         optimizer.step()

@@ -84,19 +84,51 @@ def measure(row: Row) -> dict[str, Any]:
     Raises:
         OctavoError: the model cannot be loaded or planned as asked.
     """
+    return step_on(load(row), row)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model under its adapters, for the rows that share them, and what loading took."""
+
+    model: PreTrainedModel
+    tuned: nn.Module
+    seconds: float
+    bytes: int
+    weights: int
+    host_peak: int
+
+
+def shared(row: Row) -> tuple[Any, ...]:
+    """What rows have in common that can be measured on one loaded model."""
+    return row.checkpoint, row.numerics == "bf16", row.engine, row.attention_rank, row.expert_rank, row.adapter_dtype
+
+
+def load(row: Row) -> Loaded:
+    """The row's model with its adapters, neither compiled nor recorded."""
     where = device()
     with _host_peak() as host:
         start = time.perf_counter()
         model = _plain(row.checkpoint, where) if row.numerics == "bf16" else _load(row)
         _wait(where)
-        load_s = time.perf_counter() - start
-    loaded = _allocated(where)
+        seconds = time.perf_counter() - start
+    taken = _allocated(where)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    tuned = _adapted(model, row)
-    compiled = row.compile and row.numerics != "bf16" and where.type == "cuda"
+    return Loaded(model, _adapted(model, row), seconds, taken, weights, host.peak)
+
+
+def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
+    """The row with its figures, on a model that was loaded for it or for one that shares it."""
+    where, model, tuned = device(), loaded.model, loaded.tuned
+    ours = row.numerics != "bf16"
+    compiled, recorded = (asked and ours and where.type == "cuda" for asked in (row.compile, row.graphs))
+    if ours:
+        octavo.compile_layers(tuned, on=False)
+        octavo.graph_layers(tuned, on=False)
+        octavo.configure(model, numerics=row.numerics)
     if compiled:
         octavo.compile_layers(tuned)
-    if row.graphs and row.numerics != "bf16" and where.type == "cuda":
+    if recorded:
         octavo.graph_layers(tuned)
     optimizer = _optimizer(row, [p for p in tuned.parameters() if p.requires_grad])
     offload = HiddenStatesOnHost(tuned.parameters(), where) if row.offload_hidden_states else None
@@ -144,13 +176,13 @@ def measure(row: Row) -> dict[str, Any]:
         "tokens_per_s": row.batch * row.seq / typical,
         "step_ms": 1e3 * typical,
         "step_ms_all": [1e3 * second for second in seconds],
-        "loaded_gb": loaded / GB,
+        "loaded_gb": loaded.bytes / GB,
         "peak_allocated_gb": torch.cuda.max_memory_allocated() / GB if where.type == "cuda" else None,
         "peak_reserved_gb": torch.cuda.max_memory_reserved() / GB if where.type == "cuda" else None,
         "plan_gb": None,
-        "load_s": load_s,
-        "load_gb_per_s": weights / GB / load_s,
-        "host_peak_gb": host.peak / GB,
+        "load_s": loaded.seconds,
+        "load_gb_per_s": loaded.weights / GB / loaded.seconds,
+        "host_peak_gb": loaded.host_peak / GB,
         "first_loss": float(losses[0]),
         "last_loss": float(losses[-1]),
         "device": torch.cuda.get_device_name() if where.type == "cuda" else "cpu",
@@ -293,16 +325,27 @@ def _commit() -> str | None:
 
 
 def main() -> None:
-    """Measure the row that is the one argument."""
-    row = Row(**json.loads(sys.argv[1]))
+    """Measure the row that is the one argument, or each row of a list, loading what neighbours share once; a line of
+    JSON for each.
+    """
+    given = json.loads(sys.argv[1])
+    rows = [Row(**fields) for fields in (given if isinstance(given, list) else [given])]
     warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        result = measure(row)
-    except OctavoError as error:
-        result = {"error": str(error), **asdict(row)}
-    except torch.OutOfMemoryError as error:
-        result = {"error": f"out of memory: {str(error).splitlines()[0]}", **asdict(row)}
-    print(json.dumps(result))
+    loaded, before = None, None
+    for row in rows:
+        try:
+            if loaded is None or before is None or shared(row) != shared(before):
+                loaded = None
+                gc.collect()
+                if device().type == "cuda":
+                    torch.cuda.empty_cache()
+                loaded = load(row)
+            before, result = row, step_on(loaded, row)
+        except OctavoError as error:
+            result = {"error": str(error), **asdict(row)}
+        except torch.OutOfMemoryError as error:
+            result = {"error": f"out of memory: {str(error).splitlines()[0]}", **asdict(row)}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
