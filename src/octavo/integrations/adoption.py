@@ -293,7 +293,8 @@ class ParamWrapper(_Lora, StockParamWrapper):  # type: ignore[misc]
         # Stock also casts to the dtype of the base, which rounds A before it is ever used.
         layer: Any = self
         base: nn.Module = layer.get_base_layer()
-        target = device or next(base.parameters()).device
+        # experts in host memory compute elsewhere
+        target = device or (base.device if isinstance(base, OctavoExperts) else next(base.parameters()).device)
         for part in layer.adapter_layer_names:
             factors = getattr(self, part)
             if adapter_name in factors and not any(factor.is_meta for factor in factors.parameters()):

@@ -157,8 +157,7 @@ def _activations(model: nn.Module) -> torch.dtype | None:
 
 def _facts(module: nn.Module, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
     if isinstance(module, OctavoExperts):
-        device = module.get_parameter(module.experts_layout.down_name).device
-        chosen = module.settings.choose(module.layer(device, dtype))
+        chosen = module.settings.choose(module.layer(module.device, dtype))
         return module.storage_name(), str(chosen), module.settings.numerics, module.settings.activations
     if isinstance(module, Float8Linear):
         return f"FP8 {module.layout}", str(module.settings.choose(module.layer(dtype))), module.settings.numerics, "-"

@@ -20,7 +20,7 @@ from octavo.errors import EngineError
 from octavo.integrations.decode_attention import decoding
 from octavo.integrations.experts import experts_layout
 from octavo.integrations.repeated import Repeated
-from octavo.nn.experts import OctavoExperts
+from octavo.nn.experts import Float8Experts, OctavoExperts
 from octavo.ops.engines import ProductEngine
 
 Graphs = Literal["auto"] | bool
@@ -60,6 +60,8 @@ def why_no_graphs(model: nn.Module) -> str | None:
     """Why a decoding step of ``model`` cannot be a CUDA graph; ``None`` when it can."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its weights are sharded over devices"
+    if any(isinstance(module, Float8Experts) and module.ring is not None for module in model.modules()):
+        return "its experts are in host memory, and a graph cannot wait for their copies"
     devices = {parameter.device for parameter in model.parameters()}
     if {device.type for device in devices} != {"cuda"}:
         return f"it lies on {', '.join(sorted(map(str, devices)))}, and graphs need CUDA"

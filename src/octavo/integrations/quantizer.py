@@ -7,9 +7,10 @@ Afterwards codes and scales are sealed and their values checked where they lie, 
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,28 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.checkpoint.accounting import Ledger, open_ledger
+from octavo.checkpoint.stream import TORCH_DTYPES
 from octavo.checkpoint.values import check_codes, check_scales
 from octavo.errors import CheckpointError, EngineError
 from octavo.integrations import conversions
-from octavo.integrations.claims import Claims, Float8Target, claim
-from octavo.integrations.delivery import Delivery
+from octavo.integrations.claims import Claims, Float8Target, StackedTarget, claim
+from octavo.integrations.delivery import Delivery, memory_of
 from octavo.integrations.experts import experts_layout, gate_of, why_not_ours
 from octavo.integrations.peft import install
 from octavo.nn.experts import DenseExperts, Float8Experts, OctavoExperts, adopt_dense, adopt_float8
+from octavo.nn.host import HostMemory
 from octavo.nn.linear import Float8Linear
 from octavo.nn.settings import Settings
 from octavo.nn.storage import unsealed
 from octavo.ops.kept import Activations
+from octavo.ops.ring import HostRing
 
 logger = logging.getLogger("octavo")
 
 PRIVATE_METHOD = "octavo"
+
+Residence = Literal["resident", "host"]
+"""Where FP8 experts are kept: where they compute, or in host memory."""
 
 
 class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -44,10 +51,17 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, raw: Mapping[str, Any], settings: Settings, *, registered_as: str, delivery: Delivery | None = None
+        self,
+        raw: Mapping[str, Any],
+        settings: Settings,
+        *,
+        registered_as: str,
+        delivery: Delivery | None = None,
+        experts: Residence = "resident",
     ) -> None:
         self.raw = copy.deepcopy(dict(raw))
         self.settings = settings
+        self.experts = experts
         # where the tensors come from, for as long as the load lasts
         self.delivery = delivery
         # transformers looks the quantizer up under this name
@@ -56,7 +70,13 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         settings, delivery = Settings(*config_dict["settings"]), config_dict["delivery"]
-        config = cls(config_dict["raw"], settings, registered_as=PRIVATE_METHOD, delivery=delivery)
+        config = cls(
+            config_dict["raw"],
+            settings,
+            registered_as=PRIVATE_METHOD,
+            delivery=delivery,
+            experts=config_dict["experts"],
+        )
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +101,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._claims: Claims | None = None
         self._dtype = torch.get_default_dtype()
         self._dense: list[conversions.ToDense] = []
+        self._host: HostMemory | None = None
+        self._on_host: frozenset[str] = frozenset()
 
     @property
     def ledger(self) -> Ledger:
@@ -116,11 +138,43 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self._claims = claim(self.ledger, model)
         if delivery is not None:
-            delivery.expect(self.claims.wanted, self.claims.stacked)
+            if self.quantization_config.experts == "host":
+                self._host = self._host_memory(model, delivery)
+            delivery.expect(self.claims.wanted, self.claims.stacked, self._memory)
         for name, stacks in self.claims.experts.items():
             self._swap_experts(model.get_submodule(name), stacks)
         for name, target in self.claims.linears.items():
             model.set_submodule(name, self._float8_linear(model.get_submodule(name), target))
+
+    def _host_memory(self, model: PreTrainedModel, delivery: Delivery) -> HostMemory:
+        """Memory for all FP8 stacks of experts and their scales.
+
+        Raises:
+            EngineError: there is no such stack, or the host has not got the memory.
+        """
+        targets = [target for stacks in self.claims.experts.values() for target in stacks.values()]
+        if not targets:
+            raise EngineError(
+                f"experts='host' is about routed experts in FP8, and {type(model).__name__} has none in this "
+                "checkpoint. Load it with experts='resident'."
+            )
+        self._on_host = frozenset(target.name for target in targets)
+        codes = [sum(source.weight.nbytes for source in target.sources) for target in targets]
+        # Scales are kept in float32, whatever the file has them in.
+        scales = [sum(4 * math.prod(source.scale.shape) for source in target.sources) for target in targets]
+        return HostMemory(delivery.device, [*codes, *scales])
+
+    def _memory(self, target: StackedTarget, device: torch.device) -> Tensor:
+        if self._host is None or target.name not in self._on_host:
+            return memory_of(target, device)
+        return self._host.empty(target.shape, TORCH_DTYPES[target.dtype])
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """What a parameter takes of its device per element; transformers reserves that there."""
+        if param_name.removesuffix("_scale") in self._on_host:
+            return 0
+        size: float = super().param_element_size(model, param_name, param)
+        return size
 
     def _swap_experts(self, module: nn.Module, stacks: dict[str, Float8Target]) -> None:
         layout = experts_layout(module)
@@ -189,12 +243,23 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Float8Experts | Float8Linear):
                 module.seal()
         check_values(model, self.claims)
+        self._keep_on_host(model)
         for problem in (op.problem for op in self._dense if op.problem is not None):
             raise problem
         prepare(model, self.settings)
         self._finish_plain_experts(model)
         conversions.order_for_saving(model)
         return model
+
+    def _keep_on_host(self, model: PreTrainedModel) -> None:
+        if self._host is None:
+            return
+        ring = HostRing(self.quantization_config.delivery.device)
+        for name in self.claims.experts:
+            experts = model.get_submodule(name)
+            assert isinstance(experts, Float8Experts)
+            experts.keep_on_host(ring, self._host)
+        self._host = None
 
     def _finish_plain_experts(self, model: PreTrainedModel) -> None:
         """Give unquantized stacks of a mixed checkpoint the model's dtype: before 5.21 the loader leaves what it
@@ -338,8 +403,7 @@ def _check_engines(model: nn.Module, settings: Settings) -> None:
     """Raise unless the engine asked for can run every layer of ``model`` where that is now."""
     for module in model.modules():
         if isinstance(module, OctavoExperts):
-            device = module.get_parameter(module.experts_layout.down_name).device
-            settings.choose(module.layer(device, None))
+            settings.choose(module.layer(module.device, None))
         elif isinstance(module, Float8Linear):
             settings.choose(module.layer(None))
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,6 +31,7 @@ from octavo.integrations.quantizer import (
     PRIVATE_METHOD,
     OctavoConfig,
     OctavoQuantizer,
+    Residence,
     configure,
     prepare,
     require_experts,
@@ -50,6 +51,7 @@ def load_model(
     numerics: str = "exact",
     engine: str = "auto",
     activations: Activations = "bf16",
+    experts: Residence = "resident",
     dtype: torch.dtype = torch.bfloat16,
     device_map: str | dict[str, Any] | torch.device | None = None,
     revision: str | None = None,
@@ -62,9 +64,10 @@ def load_model(
     ``path_or_id``: a folder, or a hub id (downloaded with progress at ``revision``, with ``token``). ``numerics``:
     exact, fp8_grad or fp8.
     ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts.
-    ``activations``: in what routed experts keep theirs for backward, as computed (``bf16``) or in FP8. ``dtype``: of
-    activations and of everything unquantized. ``device_map``: as in transformers; ``None`` places the model on the
-    current accelerator, or the CPU.
+    ``activations``: in what routed experts keep theirs for backward, as computed (``bf16``) or in FP8. ``experts``:
+    where FP8 experts are kept, with the rest of the model (``resident``) or in pinned memory of the ``host``, from which
+    each layer is copied ahead of its turn. ``dtype``: of activations and of everything unquantized. ``device_map``: as
+    in transformers; ``None`` places the model on the current accelerator, or the CPU.
 
     Every tensor of the checkpoint is accounted for before a byte is read, and every scale and code is checked once
     loaded. No global state of transformers changes.
@@ -75,6 +78,8 @@ def load_model(
         raise EngineError(
             "transformers' own experts (engine='stock') cannot keep activations in FP8; leave one of both."
         )
+    if experts not in get_args(Residence):
+        raise EngineError(f"experts {experts!r} is none of {', '.join(get_args(Residence))}.")
     settings = Settings(numerics, "auto" if engine == "stock" else engine, activations)
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
     ledger = open_ledger(folder)
@@ -102,8 +107,10 @@ def load_model(
         "device_map": device_map if device_map is not None else _current_device(),
         "attn_implementation": attn_implementation,
     }
+    if experts == "host":
+        _require_streaming(folder, ledger, single_device(how["device_map"]))
     if ledger.scheme is not None:
-        model = _load_float8(folder, config, ledger, settings, how)
+        model = _load_float8(folder, config, ledger, settings, experts, how)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **how)
         if engine != "stock":
@@ -114,7 +121,30 @@ def load_model(
     return model
 
 
-def _load_float8(folder: Path, config: Any, ledger: Ledger, settings: Settings, how: dict[str, Any]) -> PreTrainedModel:
+def _require_streaming(folder: Path, ledger: Ledger, device: torch.device | None) -> None:
+    """Refuse ``experts='host'`` where nothing would stream them."""
+    if ledger.scheme is None:
+        raise EngineError(
+            f"experts='host' streams FP8 codes, and {folder.name} holds no FP8 weights. Load it with "
+            "experts='resident', or quantize it first."
+        )
+    if device is None:
+        raise EngineError(
+            "experts='host' streams experts to one GPU (or stays on the CPU), and device_map spreads the model. Leave "
+            "device_map away, or name one device."
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise EngineError(
+                f"experts='host' is for one process, and this is one of {ranks}: each would pin all experts for "
+                "itself, and that was never tried. Load the model with experts='resident', or run one process."
+            )
+
+
+def _load_float8(
+    folder: Path, config: Any, ledger: Ledger, settings: Settings, experts: Residence, how: dict[str, Any]
+) -> PreTrainedModel:
     """``from_pretrained`` with our quantizer; onto a single device from our reader in place of the loader's own."""
     assert ledger.scheme is not None
     _register_private()
@@ -125,6 +155,7 @@ def _load_float8(folder: Path, config: Any, ledger: Ledger, settings: Settings, 
         "raw": dict(ledger.scheme.raw),
         "settings": [settings.numerics, settings.engine, settings.activations],
         "delivery": delivery,
+        "experts": experts,
     }
     if delivery is None:
         _set_quantization_config(config, quantization)
@@ -220,7 +251,8 @@ def _register_private() -> None:
 def enabled(*, numerics: str = "exact", engine: str = "auto") -> Iterator[None]:
     """Inside the block, plain ``from_pretrained`` keeps FP8 weights in FP8; afterwards transformers is as it was.
 
-    For code that loads by itself. Checkpoints that are not FP8 go to the stock quantizer, or to none. A model loaded
+    For code that loads by itself, onto where it says; experts in host memory are for :func:`load_model` alone.
+    Checkpoints that are not FP8 go to the stock quantizer, or to none. A model loaded
     without quantization keeps transformers' own experts; ``octavo.configure(model)`` moves them to octavo's forward.
     """
     settings = Settings(numerics, engine)

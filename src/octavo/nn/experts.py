@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from octavo.errors import CheckpointError
 from octavo.formats.scheme import ScaleLayout
 from octavo.nn import storage
+from octavo.nn.host import HostMemory
 from octavo.nn.linear import autocast
 from octavo.nn.settings import Chosen, Settings
 from octavo.ops.choice import Layer, Request, experts_layer
 from octavo.ops.engines import Engine
 from octavo.ops.experts import Side, expert_mlp
 from octavo.ops.gates import Gate
+from octavo.ops.ring import HostRing
 from octavo.ops.weights import WeightSpec
 
 
@@ -64,6 +66,11 @@ class OctavoExperts(nn.Module):
 
     _float8: ClassVar[bool]
     _chosen: Chosen | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the products run."""
+        return self.get_parameter(self.experts_layout.down_name).device
 
     def side(self, name: str, *, parts: int) -> Side:
         raise AssertionError("a storage class answers this")
@@ -123,8 +130,7 @@ class OctavoExperts(nn.Module):
         return cast(Tensor, getattr(self, f"{name}_bias")) if self.experts_layout.has_bias else None
 
     def extra_repr(self) -> str:
-        device = self.get_parameter(self.experts_layout.down_name).device
-        chosen = self.settings.shown(self.layer(device, None))
+        chosen = self.settings.shown(self.layer(self.device, None))
         return f"{self.num_experts} experts, {self.storage_name()}, gate={self.gate.name}, {chosen}"
 
     def storage_name(self) -> str:
@@ -137,15 +143,26 @@ def _layer(device: torch.device, dtype: torch.dtype | None, up: Side, down: Side
 
 
 class Float8Experts(OctavoExperts):
-    """Stacks of E4M3 codes (uint8) with their grids in ``<name>_scale`` (float32 bits in int32) [E, parts·n, k]."""
+    """Stacks of E4M3 codes (uint8) with their grids in ``<name>_scale`` (float32 bits in int32) [E, parts·n, k].
+
+    ``ring``: where codes and scales go layer by layer when they are kept in host memory; ``None`` when they are where
+    the products run.
+    """
 
     scale_layouts: dict[str, ScaleLayout]
+    ring: HostRing | None = None
     _float8 = True
+
+    @property
+    def device(self) -> torch.device:
+        return super().device if self.ring is None else self.ring.device
 
     def side(self, name: str, *, parts: int) -> Side:
         codes = self.get_parameter(name)
         storage.check_codes_dtype(self, name, codes)
-        scales = storage.opened_scales(self.get_parameter(f"{name}_scale"))
+        scales = self.get_parameter(f"{name}_scale")
+        if self.ring is None:
+            scales = storage.opened_scales(scales)
         rows, columns = codes.shape[1] // parts, codes.shape[2]
         spec = WeightSpec(True, parts, self.scale_layouts[name].block_of(rows, columns))
         return Side(spec, codes, scales, self._bias(name), *self._factors(name))
@@ -158,13 +175,30 @@ class Float8Experts(OctavoExperts):
         """Freeze codes and scales in their stored dtypes, after loading."""
         storage.seal(self, list(self.experts_layout.names), self.scale_names)
 
+    @property
+    def streamed_names(self) -> list[str]:
+        """The parameters that a ring copies, in its order."""
+        return [name for stack in self.experts_layout.names for name in (stack, f"{stack}_scale")]
+
+    def keep_on_host(self, ring: HostRing, memory: HostMemory) -> None:
+        """Join ``ring`` with sealed codes and scales: what is in ``memory`` already stays, the rest moves there."""
+        for name in self.streamed_names:
+            parameter = self.get_parameter(name)
+            if not memory.holds(parameter):
+                moved = memory.empty(tuple(parameter.shape), parameter.dtype).copy_(parameter)
+                self.register_parameter(name, nn.Parameter(moved, requires_grad=False))
+        ring.add([self.get_parameter(name) for name in self.streamed_names])
+        self.ring = ring
+
     def storage_name(self) -> str:
         kinds = [str(self.scale_layouts[name]) for name in self.experts_layout.names]
-        return f"FP8 {kinds[0]}" if len(set(kinds)) == 1 else f"FP8 {' and '.join(kinds)}"
+        where = "" if self.ring is None else " in host memory"
+        return (f"FP8 {kinds[0]}" if len(set(kinds)) == 1 else f"FP8 {' and '.join(kinds)}") + where
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Experts":
         sealed = [*self.experts_layout.names, *self.scale_names]
-        super()._apply(storage.apply_guarded(self, sealed, fn), recurse)  # type: ignore[no-untyped-call]
+        stay = self.streamed_names if self.ring is not None else []
+        super()._apply(storage.apply_guarded(self, sealed, fn, stay), recurse)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -5,7 +5,7 @@ the dtype of the base; float8 and float32 ones survive none of these. Not buffer
 forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +74,21 @@ def refuse_parametrization(module: nn.Module) -> None:
         )
 
 
-def apply_guarded(module: nn.Module, sealed: list[str], fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn`` for ``nn.Module._apply`` that moves sealed parameters but never casts them."""
-    frozen = {id(module._parameters[name]) for name in sealed if module._parameters.get(name) is not None}
+def apply_guarded(
+    module: nn.Module, sealed: list[str], fn: Callable[[Tensor], Tensor], stay: Iterable[str] = ()
+) -> Callable[[Tensor], Tensor]:
+    """``fn`` for ``nn.Module._apply`` that moves sealed parameters but never casts them, and leaves those in ``stay``
+    as they are.
+    """
+
+    def ids(names: Iterable[str]) -> set[int]:
+        return {id(module._parameters[name]) for name in names if module._parameters.get(name) is not None}
+
+    frozen, left = ids(sealed), ids(stay)
 
     def guarded(tensor: Tensor) -> Tensor:
+        if id(tensor) in left:
+            return tensor
         result = fn(tensor)
         if id(tensor) in frozen and result.dtype != tensor.dtype:
             return tensor.to(result.device)

@@ -20,6 +20,7 @@ from octavo.ops.choice import Request, experts_layer, select
 from octavo.ops.engines import Engine
 from octavo.ops.gates import Gate
 from octavo.ops.kept import Activations, grow, shrink
+from octavo.ops.ring import on_device
 from octavo.ops.routing import Routing
 from octavo.ops.weights import WeightSpec
 
@@ -30,7 +31,8 @@ _SIDE = stages.SIDE
 class Side:
     """The tensors of one projection as the caller holds them.
 
-    ``weight`` [E, out, in]: one-byte codes with float32 ``scales`` [E, parts·n, k], or floats; ``bias`` [E, out];
+    ``weight`` [E, out, in]: one-byte codes with float32 ``scales`` [E, parts·n, k] (in host memory their bits, int32, as
+    in :mod:`octavo.ops.ring`), or floats; ``bias`` [E, out];
     ``lora_A`` [E, R, in] and ``lora_B`` [E, out, R] with the scaling folded into B, any float dtype.
     """
 
@@ -89,8 +91,9 @@ def expert_mlp(
         layer = experts_layer(x_TH.device, x_TH.dtype, weights, bias=up.bias is not None)
         engine = select(engine.name, engine.numerics, layer, index_TK.numel() / up.weight.shape[0])
     if not _differentiates(x_TH, p_TK, sides):
-        halves = stages.projection(up.spec, sides[:_SIDE]), stages.projection(down.spec, sides[_SIDE:])
-        return stages.inference(engine, x_TH, index_TK, p_TK, *halves, gate)
+        with on_device(sides, x_TH.device) as sides:
+            halves = stages.projection(up.spec, sides[:_SIDE]), stages.projection(down.spec, sides[_SIDE:])
+            return stages.inference(engine, x_TH, index_TK, p_TK, *halves, gate)
     routing = engine.route(index_TK, up.weight.shape[0])
     spec = MlpSpec(up.spec, down.spec, gate, engine, activations)
     output: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
@@ -111,9 +114,10 @@ class ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: MlpSpec, x_TH: Tensor, p_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         assert not isinstance(spec.engine, Request)
-        routing, sides = _routing(tensors), list(tensors[3:])
-        halves = stages.projection(spec.up, sides[:_SIDE]), stages.projection(spec.down, sides[_SIDE:])
-        out = stages.forward(spec.engine, x_TH, p_TK, routing, *halves, spec.gate)
+        routing = _routing(tensors)
+        with on_device(tensors[3:], x_TH.device) as sides:
+            halves = stages.projection(spec.up, sides[:_SIDE]), stages.projection(spec.down, sides[_SIDE:])
+            out = stages.forward(spec.engine, x_TH, p_TK, routing, *halves, spec.gate)
         ctx.spec = spec
         kept = _keep(spec, x_TH, out.z_MG)
         ctx.save_for_backward(p_TK, out.xa_MR, out.ha_MR, *tensors, *kept)
@@ -127,24 +131,24 @@ class ExpertMlp(torch.autograd.Function):
         x_TH, z_MG = _kept(spec, kept, dy_TH.dtype)
         # needs_input_grad follows forward's arguments: spec, x, p, three of routing, then five per projection
         wants = [*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[6:]]
-        sides = tensors[3 : 3 + _SIDE], tensors[3 + _SIDE :]
         assert not isinstance(spec.engine, Request)
         # z is the largest thing that a layer keeps; where the graph is not kept, its gradient takes its place
         fresh = spec.activations == "fp8"
         spend = fresh or not torch._C._autograd._get_current_graph_task_keep_graph()
-        grads = stages.backward(
-            spec.engine,
-            dy_TH,
-            x_TH,
-            p_TK,
-            (z_MG, xa_MR, ha_MR),
-            _routing(tuple(tensors)),
-            sides,
-            (spec.up, spec.down),
-            spec.gate,
-            wants,
-            spend=spend,
-        )
+        with on_device(tensors[3:], dy_TH.device) as sides:
+            grads = stages.backward(
+                spec.engine,
+                dy_TH,
+                x_TH,
+                p_TK,
+                (z_MG, xa_MR, ha_MR),
+                _routing(tuple(tensors)),
+                (sides[:_SIDE], sides[_SIDE:]),
+                (spec.up, spec.down),
+                spec.gate,
+                wants,
+                spend=spend,
+            )
         if spend and not fresh:
             torch.autograd.graph.increment_version(z_MG)
         return (None, grads.x, grads.p, None, None, None, *grads.up, *grads.down)

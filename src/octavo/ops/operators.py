@@ -7,7 +7,8 @@ because a dispatch costs more than a small stage does.
 
 Both projections travel as one list ``sides``, ``[weight, scales, bias, lora_A, lora_B]`` of up and of down with absent
 ones ``None``, and their :class:`octavo.ops.weights.WeightSpec` as ten integers ``specs``; a routing travels as
-``[token_M, row_TK, offsets_E]``. Outputs that are not there are empty vectors.
+``[token_M, row_TK, offsets_E]``. Codes and scales may be in host memory, see :mod:`octavo.ops.ring`. Outputs that are
+not there are empty vectors.
 """
 
 from typing import Optional
@@ -20,6 +21,7 @@ from octavo.ops import stages
 from octavo.ops.choice import experts_layer, linear_layer, select
 from octavo.ops.engines import Engine, Wants
 from octavo.ops.gates import IDENTITY, SWIGLU, Gate
+from octavo.ops.ring import on_device
 from octavo.ops.routing import Routing
 from octavo.ops.weights import WeightSpec
 
@@ -95,9 +97,10 @@ def mlp(
     """The expert MLP forward: (y_TH, z_MG, x·A, h·A, token_M, row_TK, offsets_E)."""
     chosen = _engine(x, index.numel(), sides, specs, engine, numerics)
     up_spec, down_spec = _specs(specs)
-    up, down = stages.projection(up_spec, sides[:_SIDE]), stages.projection(down_spec, sides[_SIDE:])
-    routing = chosen.route(index, up.weight.num_experts)
-    out = stages.forward(chosen, x, p, routing, up, down, _GATES[gate])
+    with on_device(sides, x.device) as sides:
+        up, down = stages.projection(up_spec, sides[:_SIDE]), stages.projection(down_spec, sides[_SIDE:])
+        routing = chosen.route(index, up.weight.num_experts)
+        out = stages.forward(chosen, x, p, routing, up, down, _GATES[gate])
     saved = out.z_MG, _some(out.xa_MR, x), _some(out.ha_MR, x)
     return out.y_TH, *saved, routing.token_M, routing.row_TK, routing.offsets_E
 
@@ -134,8 +137,9 @@ def mlp_inference(
     """The expert MLP forward without gradient: y_TH, and nothing for backward."""
     chosen = _engine(x, index.numel(), sides, specs, engine, numerics)
     up_spec, down_spec = _specs(specs)
-    halves = stages.projection(up_spec, sides[:_SIDE]), stages.projection(down_spec, sides[_SIDE:])
-    return stages.inference(chosen, x, index, p, *halves, _GATES[gate])
+    with on_device(sides, x.device) as sides:
+        halves = stages.projection(up_spec, sides[:_SIDE]), stages.projection(down_spec, sides[_SIDE:])
+        return stages.inference(chosen, x, index, p, *halves, _GATES[gate])
 
 
 @mlp_inference.register_fake
@@ -160,10 +164,12 @@ def mlp_backward(
     """The gradients that ``wants`` names, of x, p and ``sides``, in that order. ``saved``: z, x·A, h·A."""
     chosen = _engine(x, p.numel(), sides, specs, engine, numerics)
     z, xa, ha = saved
-    halves = sides[:_SIDE], sides[_SIDE:]
-    found = stages.backward(
-        chosen, dy, x, p, (z, _none(xa), _none(ha)), _routing(routing), halves, _specs(specs), _GATES[gate], wants
-    )
+    saved = z, _none(xa), _none(ha)
+    with on_device(sides, x.device) as sides:
+        halves = sides[:_SIDE], sides[_SIDE:]
+        found = stages.backward(
+            chosen, dy, x, p, saved, _routing(routing), halves, _specs(specs), _GATES[gate], wants
+        )
     return _outputs_of([found.x, found.p, *found.up, *found.down], wants)
 
 
@@ -183,9 +189,10 @@ def up(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The up stage without its gate: (z_MG, x·A, token_M, row_TK, offsets_E); rows of other ranks are zero."""
     chosen = _engine(x, index.numel(), sides, specs, engine, numerics)
-    side = stages.projection(_specs(specs)[0], sides[:_SIDE])
-    routing = chosen.route(index, side.weight.num_experts)
-    z, _, xa = chosen.up(x, routing, side, IDENTITY)
+    with on_device(sides, x.device) as sides:
+        side = stages.projection(_specs(specs)[0], sides[:_SIDE])
+        routing = chosen.route(index, side.weight.num_experts)
+        z, _, xa = chosen.up(x, routing, side, IDENTITY)
     # a kernel leaves rows of other ranks unwritten, and the gate outside reads every row
     live = torch.arange(z.shape[0], device=z.device)[:, None] < routing.offsets_E[-1]
     return torch.where(live, z, 0), _some(xa, x), routing.token_M, routing.row_TK, routing.offsets_E
@@ -212,11 +219,13 @@ def up_backward(
 ) -> list[Tensor]:
     """The gradients that ``wants`` names, of x and of up's half of ``sides``."""
     chosen = _engine(x, routing[1].numel(), sides, specs, engine, numerics)
-    spec, half = _specs(specs)[0], sides[:_SIDE]
+    spec = _specs(specs)[0]
     asked = Wants(wants[0], wants[1], wants[3], wants[4] or wants[5])
-    dx, grads = chosen.up_backward(
-        dz.contiguous(), x, _none(xa), _routing(routing), stages.projection(spec, half), asked
-    )
+    with on_device(sides, x.device) as sides:
+        half = sides[:_SIDE]
+        dx, grads = chosen.up_backward(
+            dz.contiguous(), x, _none(xa), _routing(routing), stages.projection(spec, half), asked
+        )
     return _outputs_of([dx, *stages.as_side(grads, spec, half)], wants)
 
 
@@ -237,8 +246,9 @@ def down(
 ) -> tuple[Tensor, Tensor]:
     """The down stage and the combine: (y_TH, h·A)."""
     chosen = _engine(h, p.numel(), sides, specs, engine, numerics)
-    side = stages.projection(_specs(specs)[1], sides[_SIDE:])
-    y, ha = chosen.down(chosen.arrange(h.contiguous(), side), p, _routing(routing), side)
+    with on_device(sides, h.device) as sides:
+        side = stages.projection(_specs(specs)[1], sides[_SIDE:])
+        y, ha = chosen.down(chosen.arrange(h.contiguous(), side), p, _routing(routing), side)
     return y, _some(ha, h)
 
 
@@ -263,12 +273,14 @@ def down_backward(
 ) -> list[Tensor]:
     """The gradients that ``wants`` names, of h, p and down's half of ``sides``."""
     chosen = _engine(h, p.numel(), sides, specs, engine, numerics)
-    spec, half = _specs(specs)[1], sides[_SIDE:]
+    spec = _specs(specs)[1]
     asked = Wants(True, wants[2], wants[4], wants[5] or wants[6])
     # with the identity for its gate, the stage's dz is dh
-    dh, dp, grads = stages.down_backward(
-        chosen, dy, h, _none(ha), p, _routing(routing), stages.projection(spec, half), IDENTITY, asked
-    )
+    with on_device(sides, h.device) as sides:
+        half = sides[_SIDE:]
+        dh, dp, grads = stages.down_backward(
+            chosen, dy, h, _none(ha), p, _routing(routing), stages.projection(spec, half), IDENTITY, asked
+        )
     return _outputs_of([dh, dp, *stages.as_side(grads, spec, half)], wants)
 
 

@@ -1,0 +1,71 @@
+"""Memory of the host for stacks of experts: pinned where a GPU copies from it, in blocks that waste little of it."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from octavo.errors import EngineError
+
+# torch pins powers of two, so a stack of 0.4 GB by itself would take 0.54 GB.
+_BLOCK_BYTES = 1 << 32
+_ALIGNMENT = 4096
+
+
+class HostMemory:
+    """Memory for tensors of ``sizes`` bytes that layers on ``device`` will read; pinned when that is a GPU.
+
+    Raises :class:`octavo.errors.EngineError` when the host has not got it.
+    """
+
+    def __init__(self, device: torch.device, sizes: Iterable[int]) -> None:
+        nbytes = sum(_aligned(size) for size in sizes)
+        self._pinned = device.type == "cuda"
+        self._left = nbytes
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+        self._given: set[int] = set()
+        available = available_bytes()
+        if available is not None and nbytes > available:
+            raise EngineError(
+                f"experts='host' needs {nbytes / 1e9:.1f} GB of host memory for the experts' codes, and "
+                f"{available / 1e9:.1f} GB are available. Free some, or load the model with experts='resident'."
+            )
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor with a storage of its own: savers take a shared one for tied weights."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        start = _aligned(self._used)
+        if start + nbytes > self._block.nbytes:
+            # The last block is no larger than what it is for.
+            size = max(nbytes, min(_BLOCK_BYTES, self._left))
+            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            start = 0
+        self._used = start + nbytes
+        self._left -= _aligned(nbytes)
+        found = torch.frombuffer(self._block[start : self._used].numpy(), dtype=torch.uint8)
+        self._given.add(found.data_ptr())
+        return found.view(dtype).view(shape)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is one of :meth:`empty`'s."""
+        return tensor.data_ptr() in self._given
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def available_bytes() -> int | None:
+    """What the host can give without swapping, where the system says so."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
