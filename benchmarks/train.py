@@ -4,7 +4,8 @@
     python -m benchmarks.train qwen3-coder --rows speed
 
 Sets of rows: ``memory`` (the six peaks that are promised, and float32 masters beside them), ``speed`` (against the
-bfloat16 model at 2k and 8k tokens), ``attention`` (attention alone), ``long`` (32k, offloaded or not), ``profile``.
+bfloat16 model at 2k and 8k tokens), ``attention`` (attention alone), ``long`` (32k, offloaded or not), ``host`` (16k:
+experts resident, and in host memory with 24 and 16 GB of the GPU), ``profile``.
 The checkpoint is made in ``--folder`` unless it is there, each row has its own process, and the file is whole after
 every one: run the command again with ``--skip`` for rows that did not fit the budget.
 """
@@ -20,7 +21,7 @@ from benchmarks.checkpoints import KINDS, write
 from octavo.trial.step import Row
 from octavo.trial.suite import run_rows
 
-SETS = ("memory", "speed", "attention", "long", "profile")
+SETS = ("memory", "speed", "attention", "long", "host", "profile")
 
 
 def rows_of(what: str, base: Row) -> list[Row]:
@@ -43,6 +44,9 @@ def rows_of(what: str, base: Row) -> list[Row]:
     if what == "long":
         rows = [replace(narrow, seq=32_768), replace(narrow, seq=32_768, offload_hidden_states=True)]
         return [*rows, replace(narrow, seq=16_384), replace(base, seq=32_768)]
+    if what == "host":
+        wide = replace(narrow, seq=16_384, offload_hidden_states=True)
+        return [wide, *(replace(wide, experts="host", cap_gb=gigabytes) for gigabytes in (24, 16))]
     return [replace(row, seq=seq, profile=True) for seq in (8192, 2048) for row in (plain, base)]
 
 
@@ -67,7 +71,7 @@ def main() -> None:
     base = Row(str(folder), args.model, engine=args.engine, steps=args.steps)
     rows = rows_of(args.rows, base)[args.skip :]
     if args.tiny:
-        rows = [replace(row, seq=64) for row in rows]
+        rows = [replace(row, seq=64, cap_gb=None) for row in rows]
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
     left = args.budget - (time.monotonic() - began)
     found = run_rows(

@@ -166,7 +166,7 @@ def test_generation_is_the_same():
     )
     assert torch.equal(got, want)
     reason = why_no_graphs(loaded("host"))
-    assert reason is not None and "host memory" in reason
+    assert "host memory" in str(reason)
 
 
 def test_what_is_saved_is_byte_equal(tmp_path: Path):
@@ -179,7 +179,9 @@ def test_what_is_saved_is_byte_equal(tmp_path: Path):
     names = sorted(file.name for file in (tmp_path / "resident").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "host").iterdir())
     for name in names:
-        digests = {hashlib.sha256((tmp_path / experts / name).read_bytes()).digest() for experts in ("resident", "host")}
+        digests = {
+            hashlib.sha256((tmp_path / experts / name).read_bytes()).digest() for experts in ("resident", "host")
+        }
         assert len(digests) == 1, name
 
 
@@ -253,5 +255,5 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(EngineError, match="cannot be copied"):
         copy.deepcopy(loaded("host"))
     monkeypatch.setattr(host, "available_bytes", lambda: 1000)
-    with pytest.raises(EngineError, match="0.0 GB are available"):
+    with pytest.raises(EngineError, match=r"0\.0 GB are available"):
         loaded("host")

@@ -1,6 +1,7 @@
 """A plan's terms against real tensors: weights, adapters, optimizer states, what a layer keeps; and the full sizes."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import octavo
 import octavo.demo
 from benchmarks.checkpoints import quantization_config, resolve
 from octavo.cli.main import app
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 from octavo.nn.experts import Float8Experts
 from octavo.nn.linear import Float8Linear
 from octavo.plan.rehearsal import layer_costs, layers_of
@@ -152,8 +153,6 @@ def test_full_sizes_are_those_computed_for_the_real_models(planner):
 def test_each_setting_moves_its_own_term(planner):
     base = Request(planner.checkpoint, NARROW, seq=8192, optimizer="adamw_8bit")
     plan = planner.plan(base)
-    from dataclasses import replace
-
     offloaded = planner.plan(replace(base, offload_hidden_states=True))
     assert offloaded.kept < plan.kept / 5
     everything = planner.plan(replace(base, checkpointing=False))
@@ -163,6 +162,32 @@ def test_each_setting_moves_its_own_term(planner):
     assert accumulated.gradients == accumulated.adapters
     assert planner.plan(replace(base, seq=16_384)).peak > plan.peak
     assert plan.codes == offloaded.codes == everything.codes
+
+
+def test_experts_on_the_host_leave_a_ring(planner):
+    """Two layers' codes and scales in place of all, and every other term as it was."""
+    base = Request(planner.checkpoint, NARROW, seq=8192, optimizer="adamw_8bit")
+    plan, streamed = planner.plan(base), planner.plan(replace(base, experts="host"))
+    experts = [m for m in bare_model(planner.checkpoint).modules() if isinstance(m, Float8Experts)]
+    layers = [sum(m.get_parameter(name).nbytes for name in m.streamed_names) for m in experts]
+    assert streamed.host == sum(layers)
+    assert streamed.ring == 2 * layers[0]
+    assert plan.loaded - streamed.loaded == streamed.host
+    assert plan.peak - streamed.peak == streamed.host - streamed.ring
+    assert (plan.ring, plan.host) == (0, 0)
+    assert streamed.peak < 16e9 < plan.peak
+    assert any(change.says == "model.experts: host" and change.same_run for change in planner.changes(base))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_ring_takes_is_what_it_allocates(name):
+    folder = octavo.demo.checkpoint(name)
+    model = octavo.load_model(folder, experts="host")
+    model(input_ids=torch.arange(8)[None])
+    planned = Planner(folder).plan(Request(folder, Adapters(4, None), experts="host"))
+    (ring,) = {m.ring for m in model.modules() if isinstance(m, Float8Experts)}
+    # Tensors in a buffer begin at multiples of 512 bytes.
+    assert planned.ring <= sum(buffer.nbytes for buffer in ring.buffers) < planned.ring + 2 * 4 * 512
 
 
 def test_the_balancing_loss_of_a_long_row_is_seen(tmp_path):
@@ -202,7 +227,11 @@ def test_the_command_says_what_fits_and_what_would(tmp_path):
     narrow = ["--optimizer", "adamw_8bit", "--adapter-dtype", "bfloat16"]
     found = json.loads(CliRunner().invoke(app, [*arguments, *narrow, "--json"]).stdout)
     assert found["fits"] is True
+    small = CliRunner().invoke(app, [*arguments, *narrow, "--experts", "host", "--gpu", "24GB"]).stdout
+    for said in ("fits in 24 GB", "pinned host memory", "buffers for layers"):
+        assert said in small
     text = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}).stdout
+    assert "buffers for layers" not in text
     assert "does not fit in 40 GB" in text
     assert "train.optimizer: adamw_8bit and lora.dtype: bfloat16" in text
     assert "lora.targets: [attention, mlp, shared_experts]" in text
@@ -235,6 +264,8 @@ def test_a_bfloat16_model_has_no_codes(tmp_path):
     planner = Planner(tmp_path)
     plan = planner.plan(Request(tmp_path, Adapters(4, None)))
     assert (plan.codes, plan.scales) == (0, 0)
+    with pytest.raises(OctavoError, match="no routed experts in FP8"):
+        planner.plan(Request(tmp_path, Adapters(4, None), experts="host"))
     model = bare_model(tmp_path)
     assert not [m for m in model.modules() if isinstance(m, Float8Experts | Float8Linear)]
     assert plan.plain >= sum(p.numel() * 2 for p in model.parameters())

@@ -21,6 +21,9 @@ def chat(
         Literal["exact", "fp8_grad", "fp8"], typer.Option(help="Arithmetic of FP8 products.")
     ] = "exact",
     engine: Annotated[str, typer.Option(help="How products are computed.")] = "auto",
+    experts: Annotated[
+        Literal["resident", "host"], typer.Option(help="Where FP8 experts are kept; host streams all for each token.")
+    ] = "resident",
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Dtype of what is not FP8.")] = "bfloat16",
     graphs: Annotated[
         Literal["auto", "true", "false"], typer.Option(help="Each token as one CUDA graph; auto: where it can be.")
@@ -42,6 +45,7 @@ def chat(
             base=base,
             numerics=numerics,
             engine=engine,
+            experts=experts,
             dtype=dtype,
             graphs="auto" if graphs == "auto" else graphs == "true",
         )

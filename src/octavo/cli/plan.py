@@ -21,6 +21,7 @@ _WHAT = {
     "codes": "FP8 codes",
     "scales": "scales, float32",
     "plain": "everything else of the model, bfloat16",
+    "ring": "buffers for layers of experts on the host",
     "adapters": "adapters",
     "optimizer": "optimizer states",
     "gradients": "gradients",
@@ -47,6 +48,13 @@ class Activations(StrEnum):
     FP8 = "fp8"
 
 
+class Experts(StrEnum):
+    """As in ``model.experts``."""
+
+    RESIDENT = "resident"
+    HOST = "host"
+
+
 class Dtype(StrEnum):
     """As in ``lora.dtype``."""
 
@@ -70,6 +78,9 @@ def plan(
     activations: Annotated[
         Activations, typer.Option(help="What routed experts keep for backward; fp8 goes with --no-checkpointing.")
     ] = Activations.BF16,
+    experts: Annotated[
+        Experts, typer.Option(help="Where FP8 experts are kept: on the GPU, or in host memory, streamed by layer.")
+    ] = Experts.RESIDENT,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = True,
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -102,6 +113,7 @@ def plan(
         grad_accumulation=grad_accumulation,
         optimizer=optimizer.value,
         activations=activations.value,
+        experts=experts.value,
         checkpointing=checkpointing,
         offload_hidden_states=offload_hidden_states,
     )
@@ -115,6 +127,7 @@ def plan(
         "loaded_gb": found.loaded / GB,
         "peak_gb": found.peak / GB,
         "peak_allocated_gb": found.allocated / GB,
+        "host_gb": found.host / GB,
         "moment": found.moment,
         "context_gb": CONTEXT / GB,
         "gpu_gb": None if limit is None else limit / GB,
@@ -153,10 +166,13 @@ def to_table(result: dict[str, Any]) -> Group:
     table.add_column("at the peak")
     table.add_column("GB", justify="right")
     for name, value in result["terms_gb"].items():
-        table.add_row(_WHAT[name], f"{value:.2f}")
+        if name != "ring" or value:
+            table.add_row(_WHAT[name], f"{value:.2f}")
     table.add_section()
     table.add_row("peak", f"{result['peak_gb']:.2f}")
     lines = [f"Highest in {result['moment']}; {result['loaded_gb']:.2f} GB once loaded."]
+    if result["host_gb"]:
+        lines.append(f"{result['host_gb']:.2f} GB of experts are in pinned host memory.")
     if result["gpu_gb"] is not None:
         verdict = "fits" if result["fits"] else "does not fit"
         lines.append(

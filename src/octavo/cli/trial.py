@@ -22,6 +22,8 @@ def trial(
     adapter_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit or sgd.")] = "adamw",
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
+    experts: Annotated[str, typer.Option(help="resident, or host: streamed from host memory by layer.")] = "resident",
+    cap: Annotated[float | None, typer.Option(min=1, help="Decimal GB that torch may have of the GPU.")] = None,
     compile_layers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers of octavo's rows, on a GPU.")
     ] = True,
@@ -58,6 +60,8 @@ def trial(
             adapter_dtype=adapter_dtype,  # type: ignore[arg-type]
             optimizer=optimizer,  # type: ignore[arg-type]
             offload_hidden_states=offload_hidden_states,
+            experts="resident" if mode == "bf16" else experts,  # type: ignore[arg-type]
+            cap_gb=cap,
             compile=compile_layers,
             graphs=graph_layers,
             steps=steps,

@@ -65,9 +65,9 @@ def load_model(
     exact, fp8_grad or fp8.
     ``engine``: auto, or one by name; ``stock`` leaves an unquantized model on transformers' own experts.
     ``activations``: in what routed experts keep theirs for backward, as computed (``bf16``) or in FP8. ``experts``:
-    where FP8 experts are kept, with the rest of the model (``resident``) or in pinned memory of the ``host``, from which
-    each layer is copied ahead of its turn. ``dtype``: of activations and of everything unquantized. ``device_map``: as
-    in transformers; ``None`` places the model on the current accelerator, or the CPU.
+    where FP8 experts are kept, with the rest of the model (``resident``) or in pinned memory of the ``host``, from
+    which each layer is copied ahead of its turn. ``dtype``: of activations and of everything unquantized.
+    ``device_map``: as in transformers; ``None`` places the model on the current accelerator, or the CPU.
 
     Every tensor of the checkpoint is accounted for before a byte is read, and every scale and code is checked once
     loaded. No global state of transformers changes.

@@ -160,7 +160,7 @@ class Float8Experts(OctavoExperts):
     def side(self, name: str, *, parts: int) -> Side:
         codes = self.get_parameter(name)
         storage.check_codes_dtype(self, name, codes)
-        scales = self.get_parameter(f"{name}_scale")
+        scales: Tensor = self.get_parameter(f"{name}_scale")
         if self.ring is None:
             scales = storage.opened_scales(scales)
         rows, columns = codes.shape[1] // parts, codes.shape[2]

@@ -31,9 +31,9 @@ _SIDE = stages.SIDE
 class Side:
     """The tensors of one projection as the caller holds them.
 
-    ``weight`` [E, out, in]: one-byte codes with float32 ``scales`` [E, parts·n, k] (in host memory their bits, int32, as
-    in :mod:`octavo.ops.ring`), or floats; ``bias`` [E, out];
-    ``lora_A`` [E, R, in] and ``lora_B`` [E, out, R] with the scaling folded into B, any float dtype.
+    ``weight`` [E, out, in]: one-byte codes with float32 ``scales`` [E, parts·n, k] (for a ring their bits, int32, see
+    :mod:`octavo.ops.ring`), or floats; ``bias`` [E, out]; ``lora_A`` [E, R, in] and ``lora_B`` [E, out, R] with
+    the scaling folded into B, any float dtype.
     """
 
     spec: WeightSpec

@@ -164,12 +164,10 @@ def mlp_backward(
     """The gradients that ``wants`` names, of x, p and ``sides``, in that order. ``saved``: z, x·A, h·A."""
     chosen = _engine(x, p.numel(), sides, specs, engine, numerics)
     z, xa, ha = saved
-    saved = z, _none(xa), _none(ha)
+    kept = z, _none(xa), _none(ha)
     with on_device(sides, x.device) as sides:
         halves = sides[:_SIDE], sides[_SIDE:]
-        found = stages.backward(
-            chosen, dy, x, p, saved, _routing(routing), halves, _specs(specs), _GATES[gate], wants
-        )
+        found = stages.backward(chosen, dy, x, p, kept, _routing(routing), halves, _specs(specs), _GATES[gate], wants)
     return _outputs_of([found.x, found.p, *found.up, *found.down], wants)
 
 

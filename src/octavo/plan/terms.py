@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from octavo.errors import OctavoError
 from octavo.integrations.lora_config import TARGETS
+from octavo.integrations.quantizer import Residence
 from octavo.integrations.targets import find_weights
 from octavo.nn.experts import Float8Experts, OctavoExperts
 from octavo.nn.linear import Float8Linear
 from octavo.ops.kept import Activations
+from octavo.ops.ring import SLOTS
 from octavo.plan.rehearsal import LayerCost, layer_costs, layers_of
 from octavo.plan.skeleton import Adapters, bare_model, nbytes, trainable, with_adapters
 
@@ -42,6 +45,7 @@ class Request:
     grad_accumulation: int = 1
     optimizer: Optimizer = "adamw"
     activations: Activations = "bf16"
+    experts: Residence = "resident"
     checkpointing: bool = True
     offload_hidden_states: bool = False
     router_aux_loss: float | None = None
@@ -49,11 +53,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by term at the peak of a step; ``moment`` says when that is."""
+    """Bytes of the GPU by term at the peak of a step; ``moment`` says when that is. ``ring``: buffers for layers of
+    experts that are kept in host memory, ``host`` bytes of it.
+    """
 
     codes: int
     scales: int
     plain: int
+    ring: int
     adapters: int
     optimizer: int
     gradients: int
@@ -62,6 +69,7 @@ class Plan:
     loss: int
     allocator: int
     moment: str
+    host: int = 0
 
     @property
     def loaded(self) -> int:
@@ -81,7 +89,7 @@ class Plan:
     @property
     def terms(self) -> dict[str, int]:
         """Bytes by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("moment", "host")}
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Planner:
     def __init__(self, checkpoint: str | Path) -> None:
         self.checkpoint = checkpoint
         self._bare: PreTrainedModel | None = None
-        self._costs: dict[object, tuple[list[LayerCost], list[tuple[int, ...]], list[int], tuple[int, int, int]]] = {}
+        self._costs: dict[object, _Measured] = {}
 
     def plan(self, request: Request) -> Plan:
         """The peak of a step as ``request`` says.
@@ -111,7 +119,15 @@ class Planner:
         Raises:
             OctavoError: the checkpoint cannot be read, has no such layers, or cannot be rehearsed.
         """
-        costs, shapes, per_layer, (codes, scales, plain) = self._measured(request)
+        costs, shapes, per_layer, (codes, scales, plain), streamed = self._measured(request)
+        ring = host = 0
+        if request.experts == "host":
+            if not streamed:
+                raise OctavoError(f"{request.checkpoint} has no routed experts in FP8 that could be kept on the host.")
+            codes -= sum(of_codes for of_codes, _ in streamed)
+            scales -= sum(of_scales for _, of_scales in streamed)
+            layers = [sum(layer) for layer in streamed]
+            ring, host = SLOTS * max(layers), sum(layers)
         config = self._model().config.get_text_config()
         size, tokens = request.adapters.dtype.itemsize, request.batch * request.seq
         hidden = tokens * config.hidden_size * 2
@@ -136,7 +152,7 @@ class Planner:
         moment, (held, grads, transient, loss) = max(moments.items(), key=lambda item: sum(item[1]))
         slack = round(_SLACK * (held + grads + transient + loss))
         return Plan(
-            codes, scales, plain, adapters, optimizer, grads, held, max(0, transient), loss, slack, moment
+            codes, scales, plain, ring, adapters, optimizer, grads, held, max(0, transient), loss, slack, moment, host
         )  # fmt: skip
 
     def changes(self, request: Request) -> list[Change]:
@@ -154,13 +170,11 @@ class Planner:
             self._bare = bare_model(self.checkpoint)
         return self._bare
 
-    def _measured(
-        self, request: Request
-    ) -> tuple[list[LayerCost], list[tuple[int, ...]], list[int], tuple[int, int, int]]:
+    def _measured(self, request: Request) -> "_Measured":
         key = (request.adapters, request.batch, request.seq, request.activations)
         if key not in self._costs:
             model = self._model()
-            weights = _weights(model)
+            weights, streamed = _weights(model), _streamed(model)
             tuned = with_adapters(model, request.adapters)
             try:
                 shapes = [tuple(parameter.shape) for _, _, parameter in trainable(tuned)]
@@ -169,8 +183,29 @@ class Planner:
             finally:
                 # peft wraps in place.
                 self._bare = None
-            self._costs[key] = costs, shapes, per_layer, weights
+            self._costs[key] = _Measured(costs, shapes, per_layer, weights, streamed)
         return self._costs[key]
+
+
+class _Measured(NamedTuple):
+    """``costs`` of the layers, shapes and numbers per layer of what trains, bytes of weights, and of streamed ones."""
+
+    costs: list[LayerCost]
+    shapes: list[tuple[int, ...]]
+    per_layer: list[int]
+    weights: tuple[int, int, int]
+    streamed: list[tuple[int, int]]
+
+
+def _streamed(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Bytes of codes and of scales of each layer of experts that can be kept on the host."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, Float8Experts):
+            names = module.experts_layout.names
+            codes = nbytes([module.get_parameter(name) for name in names])
+            found.append((codes, nbytes([module.get_parameter(f"{name}_scale") for name in names])))
+    return found
 
 
 def _weights(model: PreTrainedModel) -> tuple[int, int, int]:
@@ -247,6 +282,8 @@ def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, b
         offer(says, same_run=request.activations == "bf16", checkpointing=True, activations="bf16")
     if not request.checkpointing and request.activations == "bf16" and has_experts(model):
         offer("model.activations: fp8", activations="fp8")
+    if request.experts == "resident" and any(isinstance(module, Float8Experts) for module in model.modules()):
+        offer("model.experts: host", same_run=True, experts="host")
     if request.checkpointing and not request.offload_hidden_states:
         offer("train.offload_hidden_states: true", same_run=True, offload_hidden_states=True)
     if request.optimizer != "adamw_8bit" or adapters.dtype != torch.bfloat16:

@@ -101,6 +101,7 @@ class BaseRun(ABC):
             numerics=config.model.numerics,
             engine=config.model.engine,
             activations=config.model.activations,
+            experts=config.model.experts,
             dtype=getattr(torch, config.model.dtype),
             revision=config.model.revision,
             attn_implementation=None if config.model.attention == "auto" else config.model.attention,

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 import octavo
 from octavo.errors import ConfigError
 from octavo.integrations.generation import Graphs
+from octavo.integrations.quantizer import Residence
 from octavo.train.folder import is_adapter
 
 
@@ -117,6 +118,7 @@ def load_chat(
     base: str | None = None,
     numerics: str = "exact",
     engine: str = "auto",
+    experts: Residence = "resident",
     dtype: str = "bfloat16",
     graphs: Graphs = "auto",
 ) -> Chat:
@@ -138,7 +140,9 @@ def load_chat(
             f"The adapter {where} was trained on {origin}, which is not there. Name its place with --base."
         )
     revision = None if base else config.revision
-    model = octavo.load_model(origin, numerics=numerics, engine=engine, dtype=getattr(torch, dtype), revision=revision)
+    model = octavo.load_model(
+        origin, numerics=numerics, engine=engine, experts=experts, dtype=getattr(torch, dtype), revision=revision
+    )
     # Runs of `sft` save the tokenizer they trained with beside the adapter.
     tokenizer_at = where if (Path(where) / "tokenizer_config.json").is_file() else origin
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_at)

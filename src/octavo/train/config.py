@@ -77,6 +77,11 @@ class ModelSection(Section):
         description="What routed experts keep for backward: as computed, or in FP8, half of it. For runs without "
         "gradient checkpointing.",
     )
+    experts: Literal["resident", "host"] = Field(
+        "resident",
+        description="Where FP8 experts are kept: with the rest of the model, or in pinned memory of the host, from "
+        "which each layer is copied to the GPU ahead of its turn.",
+    )
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         "auto",
         description="How attention is computed; `auto`: as transformers chooses, and without a mask in packed rows.",

@@ -26,6 +26,7 @@ def planned(config: SftConfig) -> Plan:
         grad_accumulation=train.grad_accumulation,
         optimizer=train.optimizer,
         activations=config.model.activations,
+        experts=config.model.experts,
         checkpointing=train.gradient_checkpointing != "none",
         offload_hidden_states=train.offload_hidden_states,
         router_aux_loss=train.router_aux_loss,

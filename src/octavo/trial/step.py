@@ -28,6 +28,7 @@ from trl.trainer.utils import add_fused_lm_head
 import octavo
 from octavo.errors import OctavoError
 from octavo.integrations.graphs import graphs_state
+from octavo.integrations.quantizer import Residence
 from octavo.plan.skeleton import Adapters
 from octavo.plan.terms import Optimizer, Planner, Request
 from octavo.train.offload import HiddenStatesOnHost
@@ -42,7 +43,7 @@ _TARGETS = {"attention": ("attention",), "experts": ("attention", "experts")}
 class Row:
     """What to measure. ``numerics`` ``bf16``: the plain model of the same config on transformers' own experts, made in
     memory, never compiled; the others are octavo's, on the checkpoint. ``compile`` and ``graphs``: on a GPU, as
-    `octavo sft` does.
+    `octavo sft` does. ``cap_gb``: what torch may have of the GPU, from before loading on.
     """
 
     checkpoint: str
@@ -56,6 +57,8 @@ class Row:
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: Optimizer = "adamw"
     offload_hidden_states: bool = False
+    experts: Residence = "resident"
+    cap_gb: float | None = None
     compile: bool = True
     graphs: bool = True
     steps: int = 6
@@ -69,6 +72,7 @@ class Row:
         return (
             f"{self.model} {self.numerics} {self.batch}x{self.seq} attention r={self.attention_rank}{experts} "
             f"{self.adapter_dtype} {self.optimizer}{' offloaded' if self.offload_hidden_states else ''}"
+            f"{' experts on host' if self.experts == 'host' else ''}{f' in {self.cap_gb:g} GB' if self.cap_gb else ''}"
         )
 
 
@@ -107,6 +111,8 @@ def shared(row: Row) -> tuple[Any, ...]:
 def load(row: Row) -> Loaded:
     """The row's model with its adapters, neither compiled nor recorded."""
     where = device()
+    if row.cap_gb is not None:
+        _cap(row.cap_gb, where)
     with _host_peak() as host:
         start = time.perf_counter()
         model = _plain(row.checkpoint, where) if row.numerics == "bf16" else _load(row)
@@ -164,7 +170,8 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
         "model": row.model,
         "numerics": row.numerics,
         "engine": "transformers" if row.numerics == "bf16" else row.engine,
-        "experts": "resident",
+        "experts": row.experts,
+        "cap_gb": row.cap_gb,
         "batch": row.batch,
         "seq": row.seq,
         "lora": {"attention": row.attention_rank, "experts": row.expert_rank},
@@ -197,7 +204,15 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
 
 
 def _load(row: Row) -> PreTrainedModel:
-    return octavo.load_model(row.checkpoint, numerics=row.numerics, engine=row.engine)
+    return octavo.load_model(row.checkpoint, numerics=row.numerics, engine=row.engine, experts=row.experts)
+
+
+def _cap(gigabytes: float, where: torch.device) -> None:
+    """Let torch have ``gigabytes`` of the GPU at most, as on a smaller one."""
+    if where.type != "cuda":
+        raise OctavoError(f"cap_gb caps a CUDA GPU, and rows run on {where.type} here. Leave it away.")
+    total = torch.cuda.get_device_properties(where).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GB / total), where)
 
 
 def _plain(checkpoint: str, where: torch.device) -> PreTrainedModel:
@@ -271,6 +286,7 @@ def _plan(row: Row) -> int:
         seq=row.seq,
         optimizer=row.optimizer,
         offload_hidden_states=row.offload_hidden_states,
+        experts=row.experts,
     )
     return Planner(row.checkpoint).plan(request).peak
 
