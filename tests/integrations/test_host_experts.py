@@ -156,6 +156,7 @@ def test_compiled_layers_stream_too():
     got = trained(octavo.compile_layers(tuned(model, False), backend="aot_eager"))
     assert_equal(got, want)
     assert all(ring.copied for ring in rings(model))
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_generation_is_the_same():
