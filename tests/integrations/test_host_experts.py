@@ -15,12 +15,15 @@ from torch import Tensor, nn
 import octavo
 from octavo import demo
 from octavo.errors import EngineError
+from octavo.integrations import recorder
 from octavo.integrations.generation import why_no_graphs
+from octavo.integrations.graphs import graphs_state
 from octavo.nn import host
 from octavo.nn.experts import Float8Experts
 from octavo.ops.ring import HostRing
 from octavo.train.offload import HiddenStatesOnHost
 from tests.curves import dequantized
+from tests.integrations.test_graph_layers import DoneAgain
 
 STEPS = 3
 CODE_OF_NAN = 0x7F
@@ -157,6 +160,18 @@ def test_compiled_layers_stream_too():
     assert_equal(got, want)
     assert all(ring.copied for ring in rings(model))
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_graphs_leave_these_layers_out(monkeypatch: pytest.MonkeyPatch, resident):
+    """On a CPU a recording is done again where a GPU would replay it."""
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", DoneAgain)
+    model = octavo.graph_layers(tuned(loaded("host", "qwen-tiny"), False))
+    assert_equal(trained(model), resident("qwen-tiny", False))
+    state = graphs_state(model)
+    assert state is not None
+    assert (state.recordings, state.replayed) == (0, 0)
+    assert any("host memory" in reason for reason in state.unrecorded)
+    assert "host memory" in str(octavo.describe(model))
 
 
 def test_generation_is_the_same():

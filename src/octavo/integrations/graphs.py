@@ -23,7 +23,7 @@ from octavo.integrations.layers import TrainedLayer, decoder_layers, set_graphs,
 from octavo.integrations.recorder import RECORDERS, Recorder, Slots, Unrecordable
 from octavo.integrations.recording import Autocast, Call, Recording, flatten, replay
 from octavo.integrations.taps import is_collector
-from octavo.nn.experts import OctavoExperts
+from octavo.nn.experts import Float8Experts, OctavoExperts
 from octavo.nn.linear import Float8Linear
 
 logger = logging.getLogger("octavo")
@@ -254,6 +254,8 @@ class _Watched:
         """Why the weights allow no recording, if they do not."""
         if _several_processes():
             return "several processes train the model"
+        if any(isinstance(module, Float8Experts) and module.ring is not None for module in self._ours):
+            return "its experts are in host memory, and a graph cannot wait for their copies"
         for weights in self._weights:
             for name, one in weights.items():
                 if one is not None and not _fixed(one, self._device):
