@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from benchmarks.checkpoints import write
 from benchmarks.train import SETS, rows_of
 from octavo.cli.main import app
+from octavo.errors import OctavoError
 from octavo.trial.profile import _union, profiled, stage_of
-from octavo.trial.step import Row, measure
+from octavo.trial.step import Row, measure, shared
 from octavo.trial.suite import run_rows
 
 # Every row of a published table has these.
@@ -104,6 +105,25 @@ def test_the_table_runs(folder, tmp_path, what):
     else:
         assert done.returncode == 0
     assert not wrong
+
+
+def test_rows_share_a_model_only_with_the_same_experts_and_cap(folder):
+    row = Row(str(folder), "tiny")
+    assert shared(row) == shared(replace(row, seq=64, numerics="fp8"))
+    for other in (replace(row, experts="host"), replace(row, cap_gb=16)):
+        assert shared(other) != shared(row)
+
+
+def test_experts_on_the_host_are_a_row(folder):
+    row = Row(str(folder), "tiny", seq=32, attention_rank=2, expert_rank=2, steps=2, with_plan=False)
+    torch.manual_seed(0)
+    resident = measure(row)
+    torch.manual_seed(0)
+    host = measure(replace(row, experts="host"))
+    assert (resident["experts"], host["experts"]) == ("resident", "host")
+    assert host["last_loss"] == resident["last_loss"]
+    with pytest.raises(OctavoError, match="cap_gb caps a CUDA GPU"):
+        measure(replace(row, cap_gb=16))
 
 
 def test_kernels_have_a_stage():

@@ -105,14 +105,14 @@ class Loaded:
 
 def shared(row: Row) -> tuple[Any, ...]:
     """What rows have in common that can be measured on one loaded model."""
-    return row.checkpoint, row.numerics == "bf16", row.engine, row.attention_rank, row.expert_rank, row.adapter_dtype
+    weights = row.checkpoint, row.numerics == "bf16", row.engine, row.experts, row.cap_gb
+    return *weights, row.attention_rank, row.expert_rank, row.adapter_dtype
 
 
 def load(row: Row) -> Loaded:
     """The row's model with its adapters, neither compiled nor recorded."""
     where = device()
-    if row.cap_gb is not None:
-        _cap(row.cap_gb, where)
+    _cap(row.cap_gb, where)
     with _host_peak() as host:
         start = time.perf_counter()
         model = _plain(row.checkpoint, where) if row.numerics == "bf16" else _load(row)
@@ -207,12 +207,15 @@ def _load(row: Row) -> PreTrainedModel:
     return octavo.load_model(row.checkpoint, numerics=row.numerics, engine=row.engine, experts=row.experts)
 
 
-def _cap(gigabytes: float, where: torch.device) -> None:
-    """Let torch have ``gigabytes`` of the GPU at most, as on a smaller one."""
+def _cap(gigabytes: float | None, where: torch.device) -> None:
+    """Let torch have ``gigabytes`` of the GPU at most, as on a smaller one; ``None``: all of it."""
     if where.type != "cuda":
-        raise OctavoError(f"cap_gb caps a CUDA GPU, and rows run on {where.type} here. Leave it away.")
+        if gigabytes is not None:
+            raise OctavoError(f"cap_gb caps a CUDA GPU, and rows run on {where.type} here. Leave it away.")
+        return
     total = torch.cuda.get_device_properties(where).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GB / total), where)
+    share = 1.0 if gigabytes is None else min(1.0, gigabytes * GB / total)
+    torch.cuda.set_per_process_memory_fraction(share, where)
 
 
 def _plain(checkpoint: str, where: torch.device) -> PreTrainedModel:
