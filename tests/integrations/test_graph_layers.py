@@ -3,11 +3,15 @@
 On a CPU a recording is done again where a GPU would replay it, on the same buffers.
 """
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import octavo
 from octavo.errors import EngineError
@@ -360,3 +364,42 @@ def test_a_model_off_the_gpu_is_refused(monkeypatch):
         octavo.graph_layers(tuned("qwen-tiny", layers=1))
     with pytest.raises(EngineError, match="Linear has no decoder layer"):
         octavo.graph_layers(nn.Linear(2, 2))
+
+
+class _Made(TorchDispatchMode):
+    """Memory that operators gave results in, other than their arguments'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, StorageWeakRef]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self.made.append((str(func), StorageWeakRef(tensor.untyped_storage())))
+        return result
+
+
+@pytest.mark.parametrize("name", ["glm-tiny", "qwen-tiny"])
+def test_nothing_of_a_recording_outlives_it(name, monkeypatch):
+    """All recordings share one layer's memory, so what is alive at the end of one is memory for good."""
+    left: list[str] = []
+
+    class Watching(DoneAgain):
+        def record(self, work: Callable[[], None]) -> Callable[[], None]:
+            with _Made() as watch:
+                work()
+            gc.collect()
+            left.extend(name for name, storage in watch.made if not storage.expired())
+            assert len(watch.made) > 100
+            return work
+
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", Watching)
+    model = octavo.graph_layers(tuned(name))
+    trained(model, 3)
+    state = graphs_state(model)
+    assert state is not None
+    assert state.recordings > 0
+    assert not left

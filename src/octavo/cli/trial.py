@@ -29,7 +29,7 @@ def trial(
     ] = True,
     graph_layers: Annotated[
         bool, typer.Option("--graphs/--no-graphs", help="Replay the layers of octavo's rows as CUDA graphs, on a GPU.")
-    ] = True,
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a row; the first three are not counted.")] = 6,
     profile: Annotated[bool, typer.Option(help="Say by kind of kernel where a step's time goes.")] = False,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all rows.")] = 3600.0,

@@ -180,7 +180,7 @@ class Recording:
             self._inputs[place].put(tensor)
 
     def _forward_work(self) -> None:
-        results = self._run(self._leaves(), self._aliases())
+        results = self._run(self._leaves(), self._aliases(), keeps=False)
         with torch.no_grad():
             for slot, tensor in zip(self._seen, results.seen, strict=True):
                 slot.write(tensor)
@@ -191,7 +191,7 @@ class Recording:
     def _backward_work(self, ambient: Autocast | None = None) -> None:
         leaves = self._leaves()
         aliases = self._aliases()
-        results = self._run(leaves, aliases)
+        results = self._run(leaves, aliases, keeps=True)
         if not self._learned:
             self._learn_outputs(results, leaves)
         wanted = [results.tensors[place] for place in self._grad_places]
@@ -266,15 +266,17 @@ class Recording:
         """
         return {id(parameter): nn.Parameter(parameter.detach()) for parameter in self.trained}
 
-    def _run(self, leaves: Sequence[Tensor], aliases: dict[int, nn.Parameter]) -> _Results:
-        """The layer between its taps, on these leaves and with these parameters."""
+    def _run(self, leaves: Sequence[Tensor], aliases: dict[int, nn.Parameter], *, keeps: bool) -> _Results:
+        """The layer between its taps, on these leaves and with these parameters. ``keeps``: what a backward pass needs;
+        without one it would stay for good, in cycles that no collector sees.
+        """
         tapping = self._layer.taps.tapping(self._names)
         args, kwargs = restore(self._arguments, iter(leaves))
         # Casts of parameters that autocast keeps: none from outside is used within, and none from within later.
         torch.clear_autocast_cache()
         with ExitStack() as around:
             # Hooks on saved tensors are for what is kept between forward and backward, and inside nothing is.
-            around.enter_context(saved_tensors_hooks(_same, _same))
+            around.enter_context(saved_tensors_hooks(_same if keeps else _nothing, _same))
             around.enter_context(_in_place(self._layer, aliases))
             around.enter_context(tapping.placed())
             around.enter_context(self._autocast.set())
@@ -335,6 +337,10 @@ def _in_place(layer: nn.Module, aliases: dict[int, nn.Parameter]) -> Iterator[No
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _nothing(tensor: Tensor) -> None:
+    return None
 
 
 def _unique(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:

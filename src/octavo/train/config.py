@@ -198,8 +198,9 @@ class TrainSection(OptimizationSection):
         description="Decoder layers as compiled graphs while they train; `auto`: on a GPU. Step one takes a minute.",
     )
     graphs: Literal["auto"] | bool = Field(
-        "auto",
-        description="Replay checkpointed decoder layers as CUDA graphs; `auto`: on one GPU, without dropout.",
+        False,
+        description="Replay checkpointed decoder layers as CUDA graphs, faster and in more memory, which `octavo plan` "
+        "does not count; `auto`: on one GPU, without dropout.",
     )
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
     eval_on_start: bool = Field(False, description="Evaluate once before the first step.")
@@ -275,12 +276,12 @@ class SftConfig(RunConfig):
         if self.train.gradient_checkpointing == "none":
             raise ValueError(
                 "`train.graphs` take the place of gradient checkpointing, and `train.gradient_checkpointing` is "
-                "`none`; set it to `non_reentrant`, or `graphs` to `auto`"
+                "`none`; set it to `non_reentrant`, or `graphs` to `false`"
             )
         if self.lora.dropout > 0:
             raise ValueError(
                 f"`train.graphs` would draw other random numbers in each half, and `lora.dropout` is "
-                f"{self.lora.dropout}; set it to 0, or `graphs` to `auto`"
+                f"{self.lora.dropout}; set it to 0, or `graphs` to `false`"
             )
         return self
 

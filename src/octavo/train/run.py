@@ -107,7 +107,7 @@ def _replays(config: SftConfig, args: trl.SFTConfig) -> bool:
     if config.train.graphs != "auto":
         if config.train.graphs and args.world_size > 1:
             raise ConfigError(
-                f"`train.graphs` are for one GPU, and {args.world_size} processes train. Set it to `auto` or `false`."
+                f"`train.graphs` are for one GPU, and {args.world_size} processes train. Set it to `false`."
             )
         return config.train.graphs
     recomputes = config.train.gradient_checkpointing != "none" and config.lora.dropout == 0

@@ -60,7 +60,7 @@ class Row:
     experts: Residence = "resident"
     cap_gb: float | None = None
     compile: bool = True
-    graphs: bool = True
+    graphs: bool = False
     steps: int = 6
     profile: bool = False
     with_plan: bool = True
