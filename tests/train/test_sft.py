@@ -2,8 +2,8 @@
 
 import json
 import os
-import time
 import signal
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
