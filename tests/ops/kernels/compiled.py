@@ -84,7 +84,9 @@ def compile_few(model: str, tokens: int) -> None:
 
 def main(jobs: list[str]) -> None:
     compile_only()
-    from benchmarks.layer import compile_one, engines
+    from benchmarks.layer import Layer, compile_one, engines
+    from benchmarks.shapes import MODELS
+    from octavo.ops.fused import KernelEngine
 
     numbers = {f"{name}-{numerics}": number for number, (numerics, name, _) in enumerate(engines())}
     for job in jobs:
@@ -93,6 +95,10 @@ def main(jobs: list[str]) -> None:
             compile_few(model, int(tokens))
             continue
         compile_one((model, int(tokens), numbers[engine]))
+        if engine.startswith("dequant"):
+            # and Triton's own product, which other GPUs have
+            layer = Layer(MODELS[model], int(tokens), "cpu")
+            layer.step(lambda layer=layer: layer.octavo(KernelEngine("dequant", "exact", wide=False)))
     for name, kernel in compiled_kernels():
         print(json.dumps(asdict(usage(name, kernel))))
 
