@@ -22,7 +22,6 @@ TILES = [Mode(*mode, tokens) for mode in MODES for tokens in (128, 160) if mode[
     for flip, stage in ((False, STORE), (False, SWIGLU), (True, STORE), (True, GRADIENT))
     for tokens in (128, 192)
 ]
-TILES += [Mode(*mode, tokens, outer=True) for mode in MODES if mode[3] == GRADIENT for tokens in (64, 128)]
 MOST_SPILLED = 256
 """Bytes of a thread; a spill in the loop over the contraction costs more than this bound can tell."""
 

@@ -34,7 +34,6 @@ class Mode:
     tokens: int
     products: int = 2
     bank: bool = False
-    outer: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -98,7 +97,6 @@ def _options(mode: Mode) -> list[str]:
     values = {
         "WIDE": mode.wide,
         "BANK": mode.bank,
-        "OUTER": mode.outer,
         "FLIP": mode.flip,
         "SCALE": mode.scale,
         "STAGE": mode.stage,

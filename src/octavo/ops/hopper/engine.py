@@ -19,7 +19,7 @@ from octavo.ops.dequant import CHUNK_BYTES
 from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
-from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, RANKS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
+from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
 from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
@@ -105,7 +105,6 @@ class HopperEngine(KernelEngine):
     ) -> tuple[Tensor, Tensor, ProjectionGrads]:
         if not self._takes(dy_TH, down):
             return super().down_backward(dy_TH, z_MG, ha_MR, p_M, routing, down, gate, wants)
-        from octavo.ops.kernels.outer import sum_tiles
         from octavo.ops.kernels.rows import sum_parts
 
         weight, offsets_E = _codes(down), routing.offsets_E
@@ -113,24 +112,18 @@ class HopperEngine(KernelEngine):
             p_M = p_M.float()
         rows, yb_MR, lora_B = self._backward_rows(dy_TH, ha_MR, down, routing, wants, routing.token_M, p_M)
         lora = None if down.lora is None else _step(yb_MR, down.lora.A_ERK.transpose(1, 2))
-        swiglu, lora_A, sums = isinstance(gate, SwiGlu), None, None
+        swiglu, lora_A = isinstance(gate, SwiGlu), None
         if swiglu:
-            if lora_B is not None and lora is not None:
-                if lora.xa.shape[1] <= RANKS and self._way("down_grad") != "bank":
-                    tokens = self._tokens(rows, weight, routing)
-                    tiles = -(-routing.num_rows // tokens) + weight.num_experts
-                    sums = dy_TH.new_empty((tiles, weight.in_features, RANKS), dtype=torch.float32)
-                else:
-                    # before dz may take z's place
-                    lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
+            if lora_B is not None:
+                # before dz may take z's place
+                lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
             dz_MG = z_MG if wants.spend else torch.empty_like(z_MG)
             parts = 2 * -(-weight.in_features // (FEATURES * _PRODUCTS))
             shares = dy_TH.new_empty((parts, routing.num_rows), dtype=torch.float32)
-            gradient = GateGradient(z_MG, p_M.contiguous(), shares, sums)
-            self._grouped("down_grad", rows, weight, routing, dz_MG, lora, gradient=gradient)
+            self._grouped(
+                "down_grad", rows, weight, routing, dz_MG, lora, gradient=GateGradient(z_MG, p_M.contiguous(), shares)
+            )
             dp_M = sum_parts(shares, offsets_E)
-            if sums is not None and down.lora is not None:
-                lora_A = sum_tiles(sums, offsets_E, tokens, down.lora.A_ERK)
         else:
             dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
             self._grouped("down_grad", rows, weight, routing, dh_MI, lora)
@@ -229,24 +222,21 @@ class HopperEngine(KernelEngine):
         h: Tensor | None = None,
         gradient: GateGradient | None = None,
     ) -> None:
-        flip, tokens = site.endswith("grad"), self._tokens(rows, weight, routing)
+        slabs = rows.scales is not None and not folds_into_rows(weight)
+        rows_of_expert, flip = routing.num_rows / weight.num_experts, site.endswith("grad")
         if self._way(site) == "bank":
+            tokens = tokens_of_tile(rows_of_expert, most=192)
             for bank in self._banks(weight, routing, out):
                 product(
                     rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
                     products=_PRODUCTS, bank=bank,
                 )  # fmt: skip
             return
+        tokens = tokens_of_tile(rows_of_expert, most=128 if slabs else 160)
         product(
             rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
             products=_PRODUCTS,
         )  # fmt: skip
-
-    def _tokens(self, rows: Rows, weight: Float8Weight, routing: Routing) -> int:
-        """Of a tile."""
-        slabs = rows.scales is not None and not folds_into_rows(weight)
-        bank = rows.scales is None and self.name == "dequant"
-        return tokens_of_tile(routing.num_rows / weight.num_experts, most=192 if bank else 128 if slabs else 160)
 
     @staticmethod
     def _banks(weight: Float8Weight, routing: Routing, like: Tensor) -> Iterator[Bank]:

@@ -17,8 +17,6 @@
 //   MT     64-feature products per consumer: 2, or 1 with up to 256 tokens, where a weight is widened half as often.
 //   STAGE  STORE: out [M, F].  SWIGLU: z = [gate, up] [M, 2F] and h [M, F].  GRADIENT: dz [M, 2F] from z and the
 //             product dh, and each row's share of <dh, h>.
-//   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
-//             of x·A, summed over its tokens. h is in registers here, and in memory nowhere.
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
@@ -53,8 +51,6 @@ constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
 constexpr bool DRAINS = !BANK && (WIDE || FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
-constexpr int RANKS = 16;             // OUTER: of its sums
-constexpr u32 Z_BYTES = ZT * BF * 4;  // of a step: z, and after it rows of RANKS numbers
 
 struct __align__(64) Params {
     u64 map[16];   // CUtensorMap of the weight
@@ -70,7 +66,6 @@ struct __align__(64) Params {
     const u16* z;
     const void* p;
     float* shares;
-    float* sums;           // OUTER: [token tiles, F, 16]
     long long num_rows;
     int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
     int p_float, follows;   // follows: experts before the first have rows, up to offsets[-1]
@@ -166,13 +161,6 @@ __device__ __forceinline__ void matrix4_turned(u32 a, u32& x, u32& y, u32& z, u3
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(a));
 }
-// 16 features by 16 tokens times 16 tokens by 8 ranks, in a warp
-__device__ __forceinline__ void warp_multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ u32 pick(u32 a, u32 b, u32 how) { return __byte_perm(a, b, how); }
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 v;
@@ -235,7 +223,7 @@ __device__ __forceinline__ void split_scale(float s, u16& hi, u16& lo) {
 // ---------------------------------------------------------------- tiles
 
 struct Tile {
-    int expert, row0, rows, feature0, index_f, index;   // index: of the token tile, over all experts
+    int expert, row0, rows, feature0, index_f;
 };
 
 struct Schedule {
@@ -256,7 +244,6 @@ struct Schedule {
         int local = id - before[low] * num_f;
         t.index_f = local / tiles;
         int index = local - t.index_f * tiles;
-        t.index = before[low] + index;
         int per = ((end - start + tiles - 1) / tiles + 7) & ~7;
         t.row0 = start + index * per;
         t.rows = min(per, end - t.row0);
@@ -420,12 +407,6 @@ __device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part,
         const u16* from = p.z;
         if (valid) from += (long long)(t.row0 + row) * (2 * p.F) + (chunk / (CHUNKS / 2)) * p.F + f;
         copy16(at, from, valid);
-    }
-    if (OUTER && thread < 2 * ZT) {
-        int local = thread >> 1, row = part * ZT + local, first = (thread & 1) * 8;
-        bool valid = row < t.rows && first < p.R;
-        copy16(to + Z_BYTES + local * (RANKS * 2) + first * 2,
-               p.xa + (valid ? ((long long)(t.row0 + row) * p.R + first) * 2 : 0), valid);
     }
     if (thread < ZT) {
         int row = part * ZT + thread;
@@ -932,20 +913,14 @@ struct Work {
 #pragma unroll
         for (int tile = 0; tile < MT; ++tile)
             at[tile] = 2 * q * (BF * 4) + ((((group * MT + tile) * 4 + warp) ^ q) * 32) + g * 4;
-        float outer[MT][2][4];
-#pragma unroll
-        for (int i = 0; i < MT * 8; ++i) outer[i / 8][(i / 4) % 2][i % 4] = 0.f;
-        // where this thread's rows of the four 8 by 8 blocks of x·A lie: tokens 0 .. 7 and 8 .. 15, ranks 0 .. 7, 8 .. 15
-        u32 at_xa = Z_BYTES + (lane & 15) * (RANKS * 2) + (lane >> 4) * 16;
 #pragma unroll
         for (int part = 0; part < BN / ZT; ++part) {
             u32 base = ring.wait(), table = base + A_BYTES + B_BYTES + 8 * q;
             float sums[8];
-            u32 left[MT][4];   // OUTER: a feature's tokens 2q and 2q + 1 of eight, then of the next eight
 #pragma unroll
             for (int jj = 0; jj < ZT / 8; ++jj) {
                 int j = part * (ZT / 8) + jj;
-                float weight[2], h[2][MT][2];
+                float weight[2];
                 lds_float2(table + jj * 32, weight[0], weight[1]);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -961,8 +936,7 @@ struct Work {
                             // past the last feature dh and z are zero
                             float dh = acc[tile][4 * j + 2 * half + i], s = sigmoid(gate[half]);
                             float silu = gate[half] * s;
-                            h[i][tile][half] = silu * up[half];
-                            share = fmaf(dh, h[i][tile][half], share);
+                            share = fmaf(dh, silu * up[half], share);
                             dh *= weight[i];
                             to_gate[half] = dh * up[half] * (fmaf(-silu, s, silu) + s);
                             to_up[half] = dh * silu;
@@ -975,21 +949,6 @@ struct Work {
                     sums[2 * jj + i] = share;
                 }
                 line += 16 * p.F;
-                if (OUTER) {
-#pragma unroll
-                    for (int i = 0; i < 2 * MT; ++i)
-                        left[i >> 1][(jj & 1) * 2 + (i & 1)] =
-                            pack_bf16(h[0][i >> 1][i & 1] * weight[0], h[1][i >> 1][i & 1] * weight[1]);
-                    if (jj & 1) {
-                        u32 b[4];
-                        matrix4_turned(base + at_xa + (jj >> 1) * (16 * RANKS * 2), b[0], b[1], b[2], b[3]);
-#pragma unroll
-                        for (int tile = 0; tile < MT; ++tile) {
-                            warp_multiply(outer[tile][0], left[tile], b[0], b[1]);
-                            warp_multiply(outer[tile][1], left[tile], b[2], b[3]);
-                        }
-                    }
-                }
             }
             ring.free(ring.next(), lane);
             // eight sums over the eight lanes of a column: each lane ends with one
@@ -1005,19 +964,6 @@ struct Work {
             }
             // lane g has sum number g: token 8 * (g >> 1) + 2q + (g & 1)
             shares[(group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1)] = sums[0];
-        }
-        if (OUTER) {
-            float* to = p.sums + ((long long)t.index * p.F + f) * RANKS + 2 * q;
-#pragma unroll
-            for (int tile = 0; tile < MT; ++tile)
-                if (f + tile * 64 < p.F) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-#pragma unroll
-                        for (int n = 0; n < 2; ++n)
-                            *(float2*)(to + (tile * 64 + half) * RANKS + n * 8) =
-                                make_float2(outer[tile][n][2 * half], outer[tile][n][2 * half + 1]);
-                }
         }
         // this consumer's features alone: consumers never wait for each other
         named_sync(2 + group, 128);
