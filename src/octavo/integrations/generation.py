@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from octavo.errors import EngineError
 from octavo.integrations.decode_attention import decoding
@@ -182,7 +183,7 @@ def _refuse(generation_config: Any, synced_gpus: bool) -> None:
 
 
 def _has_ends(stopping_criteria: Any) -> bool:
-    return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    return any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
 
 
 class _Sequences:
