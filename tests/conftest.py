@@ -1,5 +1,7 @@
 """Fixtures for every suite."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,9 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import Built, build
+
+# trackio reads it once, when something first imports it; the default is in the home folder.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 
 @pytest.fixture(scope="session")

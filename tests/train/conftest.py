@@ -1,7 +1,5 @@
 """The tiny model on disk, and data for it."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +8,6 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from .tiny import byte_tokenizer, chat, tiny_config, write_jsonl
-
-# trackio reads it once, when it is imported; the default is in the home folder.
-os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 
 @pytest.fixture(scope="session", autouse=True)
