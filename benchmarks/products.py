@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.compiling import in_pool
-from benchmarks.shapes import MODELS, TOKENS, Model
+from benchmarks.shapes import MODELS, TOKENS
+from octavo.bench.shapes import LayerShape
 from octavo.formats.weight import Float8Weight
 from octavo.ops.kernels import product as kernel
 from octavo.ops.kernels.product import Gradient, Lora, Operand, Stack, Tiles, product
@@ -125,7 +126,7 @@ def candidates(way: str, site: str) -> list[Tiles]:
 class Problem:
     """The operands of one product, random on a GPU and never touched where only compilation is wanted."""
 
-    def __init__(self, model: Model, tokens: int, way: str, site: str, device: str) -> None:
+    def __init__(self, model: LayerShape, tokens: int, way: str, site: str, device: str) -> None:
         E, H, I = model.experts, model.hidden, model.intermediate  # noqa: E741
         M = tokens * model.top_k
         bf16 = {"dtype": torch.bfloat16, "device": device}

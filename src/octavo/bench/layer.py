@@ -30,26 +30,42 @@ TOLERANCE = {"exact": 5e-3, "fp8_grad": 4.5e-2, "fp8": 5.5e-2, "bf16": 1e-2}
 
 @dataclass
 class LayerCase:
-    """Weights, inputs and the incoming gradient, drawn with ``seed``; activations and factors in bfloat16."""
+    """Weights, inputs and the incoming gradient, drawn with ``seed``; activations and factors in bfloat16.
+
+    ``blank``: of the same shapes but without values, to compile for, not to run.
+    """
 
     shape: LayerShape
     tokens: int
     device: torch.device
     rank: int = 16
     seed: int = 0
+    blank: bool = False
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed)
 
         def draw(*sizes: int, scale: float = 1.0) -> Tensor:
+            if self.blank:
+                return torch.empty(*sizes, dtype=torch.bfloat16, device=self.device)
             values = torch.randn(*sizes, device=self.device, generator=generator)
             return (values * scale).to(torch.bfloat16)
 
         E, H, I = self.shape.experts, self.shape.hidden, self.shape.intermediate  # noqa: E741
-        layout = self.shape.layout
-        self.up: Float8Weight = quantize(draw(E, 2 * I, H, scale=0.02), layout, parts=2)
-        self.down: Float8Weight = quantize(draw(E, H, I, scale=0.02), layout)
+
+        def weight(parts: int, rows: int, columns: int) -> Float8Weight:
+            if not self.blank:
+                return quantize(draw(E, parts * rows, columns, scale=0.02), self.shape.layout, parts=parts)
+            block = self.shape.layout.block_of(rows, columns)
+            codes = torch.empty((E, parts, rows, columns), dtype=torch.float8_e4m3fn, device=self.device)
+            return Float8Weight(
+                codes,
+                codes.new_empty((E, parts, -(-rows // block[0]), -(-columns // block[1])), dtype=torch.float32),
+                block,
+            )
+
+        self.up, self.down = weight(2, I, H), weight(1, H, I)
         self.inputs = {"x": draw(self.tokens, H), "p": draw(self.tokens, self.shape.top_k).abs()}
         if self.rank:
             self.inputs |= {

@@ -57,15 +57,13 @@ def compile_few(model: str, tokens: int) -> None:
     """Decoding in each numerics, and every way of a linear layer that has kernels."""
     import torch
 
-    from benchmarks.layer import Layer
-    from benchmarks.shapes import MODELS
+    from benchmarks.layer import blank_case
     from octavo.ops import decode, stages
     from octavo.ops.gates import SWIGLU
     from octavo.ops.matrix import MatrixEngine
 
-    layer = Layer(MODELS[model], tokens, "cpu")
-    sides = (layer.side("up", layer.up), layer.side("down", layer.down))
-    halves = [stages.projection(side.spec, side.tensors) for side in sides]
+    layer = blank_case(model, tokens)
+    halves = [stages.projection(side.spec, side.tensors) for side in layer.sides()]
     weight = layer.down.expert(0)
     with torch.no_grad():
         for numerics in ("exact", "fp8"):
@@ -84,8 +82,7 @@ def compile_few(model: str, tokens: int) -> None:
 
 def main(jobs: list[str]) -> None:
     compile_only()
-    from benchmarks.layer import Layer, compile_one, engines
-    from benchmarks.shapes import MODELS
+    from benchmarks.layer import blank_case, compile_one, engines
     from octavo.ops.fused import KernelEngine
 
     numbers = {f"{name}-{numerics}": number for number, (numerics, name, _) in enumerate(engines())}
@@ -97,7 +94,7 @@ def main(jobs: list[str]) -> None:
         compile_one((model, int(tokens), numbers[engine]))
         if engine.startswith("dequant"):
             # and Triton's own product, which other GPUs have
-            layer = Layer(MODELS[model], int(tokens), "cpu")
+            layer = blank_case(model, int(tokens))
             layer.step(lambda layer=layer: layer.octavo(KernelEngine("dequant", "exact", wide=False)))
     for name, kernel in compiled_kernels():
         print(json.dumps(asdict(usage(name, kernel))))
