@@ -7,21 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode, compile_mode, missing
+from octavo.ops.hopper.compiler import Mode, compile_mode, missing
+from octavo.ops.hopper.engine import modes
 
-# wide, flip, scale, stage
-MODES = (
-    (True, False, COLUMN, STORE), (True, False, COLUMN, SWIGLU), (True, False, TABLE, STORE),
-    (True, False, TABLE, SWIGLU), (True, True, TABLE, STORE), (True, True, TABLE, GRADIENT),
-    (False, False, COLUMN, STORE), (False, False, COLUMN, SWIGLU), (False, False, SLAB, STORE),
-    (False, False, SLAB, SWIGLU), (False, True, NONE, STORE), (False, True, NONE, GRADIENT),
-    (False, True, SLAB, STORE), (False, True, SLAB, GRADIENT),
-)  # fmt: skip
-TILES = [Mode(*mode, tokens) for mode in MODES for tokens in (128, 160) if mode[2] != SLAB or tokens == 128] + [
-    Mode(True, flip, NONE, stage, tokens, bank=True)
-    for flip, stage in ((False, STORE), (False, SWIGLU), (True, STORE), (True, GRADIENT))
-    for tokens in (128, 192)
-]
+# a tile of few tokens has room to spare
+TILES = [mode for mode in modes() if mode.tokens >= 128]
 MOST_SPILLED = 256
 """Bytes of a thread; a spill in the loop over the contraction costs more than this bound can tell."""
 

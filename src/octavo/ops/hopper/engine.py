@@ -19,6 +19,7 @@ from octavo.ops.dequant import CHUNK_BYTES
 from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
+from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode
 from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
 from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
@@ -225,14 +226,14 @@ class HopperEngine(KernelEngine):
         slabs = rows.scales is not None and not folds_into_rows(weight)
         rows_of_expert, flip = routing.num_rows / weight.num_experts, site.endswith("grad")
         if self._way(site) == "bank":
-            tokens = tokens_of_tile(rows_of_expert, most=192)
+            tokens = tokens_of_tile(rows_of_expert, most=MOST_TOKENS["bank"])
             for bank in self._banks(weight, routing, out):
                 product(
                     rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
                     products=_PRODUCTS, bank=bank,
                 )  # fmt: skip
             return
-        tokens = tokens_of_tile(rows_of_expert, most=128 if slabs else 160)
+        tokens = tokens_of_tile(rows_of_expert, most=MOST_TOKENS["slabs" if slabs else "codes"])
         product(
             rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
             products=_PRODUCTS,
@@ -253,6 +254,8 @@ class HopperEngine(KernelEngine):
             yield Bank(chunk, first)
 
 
+MOST_TOKENS = {"bank": 192, "codes": 160, "slabs": 128}
+"""Of a tile: registers hold its sums."""
 # How much longer a tile takes than its tokens say, against one of 128. Measured on an H200 with 128 to 2048 rows per
 # expert, see docs/log.md.
 _PRICE = {192: 1.0, 160: 1.08, 128: 1.0, 64: 1.3}
@@ -267,6 +270,26 @@ def tokens_of_tile(rows: float, most: int) -> int:
         return _PRICE[tokens] * sum(padded)
 
     return min((tokens for tokens in _PRICE if tokens <= most), key=price)
+
+
+# by (bfloat16 rows, flip)
+_SCALES = {
+    (True, False): (COLUMN, TABLE),
+    (True, True): (TABLE,),
+    (False, False): (COLUMN, SLAB),
+    (False, True): (NONE, SLAB),
+}
+
+
+def modes() -> Iterator[Mode]:
+    """Every kind of product that the engine can ask for."""
+    for (wide, flip), scales in _SCALES.items():
+        for stage in (STORE, GRADIENT if flip else SWIGLU):
+            for scale in scales:
+                most = MOST_TOKENS["slabs" if scale == SLAB else "codes"]
+                yield from (Mode(wide, flip, scale, stage, tokens, _PRODUCTS) for tokens in _PRICE if tokens <= most)
+            if wide:
+                yield from (Mode(wide, flip, NONE, stage, tokens, _PRODUCTS, bank=True) for tokens in _PRICE)
 
 
 def _codes(side: Projection) -> Float8Weight:
