@@ -83,7 +83,8 @@ def _wgmma(tokens: int) -> str:
 
 @cache
 def _template() -> str:
-    return files("octavo.ops.hopper").joinpath("product.cu").read_text()
+    folder = files("octavo.ops.hopper")
+    return "".join(folder.joinpath(name).read_text() for name in ("instructions.cuh", "product.cu"))
 
 
 def source(mode: Mode) -> str:

@@ -22,10 +22,7 @@
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
 // product has gates and the second ups; with MT = 1, row g has gates and row g + 8 ups of one feature.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// `instructions.cuh` comes before.
 
 enum { STORE = 0, SWIGLU = 1, GRADIENT = 2 };
 // NONE: folded into the activations, or one. COLUMN: one scale per feature, after the sum. TABLE: a factor per
@@ -72,65 +69,8 @@ struct __align__(64) Params {
     u32 sb_n_magic, sb_k_magic, pad[4];
 };
 
-// ---------------------------------------------------------------- instructions
+// ---------------------------------------------------------------- words and descriptors
 
-__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-    asm volatile("{\n.reg .b64 s;\nmbarrier.arrive.shared::cta.b64 s, [%0];\n}" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
-    u32 done;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    return done;
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    while (!barrier_try(bar, parity)) {}
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void tensor3(u32 to, const void* map, u32 bar, int x, int y, int z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-        ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
-}
-__device__ __forceinline__ void tensor4(u32 to, const void* map, u32 bar, int x, int y) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %4}], [%2];"
-        ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(0) : "memory");
-}
-__device__ __forceinline__ void named_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-// 16 bytes, zeros where !valid
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-// arrive when this thread's copies so far are done
-__device__ __forceinline__ void copy_arrive(u32 bar) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// what was computed before stays before: an operand may not be written between the fence and the multiplication
-__device__ __forceinline__ void settle(u32 (&a)[4]) {
-    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
-}
-__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void mma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
 // A matrix descriptor is made of two words, of which the high one is the same for all: 128-byte swizzle, 8 rows per
 // 1024 bytes, contraction contiguous.
 __device__ __forceinline__ u32 descriptor(u32 address) { return (1u << 16) | ((address & 0x3FFFF) >> 4); }
@@ -140,65 +80,15 @@ __device__ __forceinline__ u64 whole_lora(u32 low) { return (BC == 128 ? 0x40000
 __device__ __forceinline__ u32 lora_at(u32 row, u32 chunk) {
     return BC == 128 ? row * 128 + ((chunk ^ (row & 7)) * 16) : row * 64 + ((chunk ^ ((row >> 1) & 3)) * 16);
 }
-
-__device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
-__device__ __forceinline__ void lds64(u32 a, u32& x, u32& y) {
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(a));
-}
-__device__ __forceinline__ float ldsf(u32 a) { float v; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a)); return v; }
-__device__ __forceinline__ void lds_float2(u32 a, float& x, float& y) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(a));
-}
-__device__ __forceinline__ void sts32(u32 a, u32 v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
-__device__ __forceinline__ void sts16(u32 a, u16 v) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }
-__device__ __forceinline__ void stsf(u32 a, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory"); }
-__device__ __forceinline__ void matrix4(u32 a, u32& x, u32& y, u32& z, u32& w) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(a));
-}
-// the same, each matrix turned: a thread gets column g of rows 2q and 2q + 1
-__device__ __forceinline__ void matrix4_turned(u32 a, u32& x, u32& y, u32& z, u32& w) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(a));
-}
 __device__ __forceinline__ u32 pick(u32 a, u32 b, u32 how) { return __byte_perm(a, b, how); }
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
 __device__ __forceinline__ u16 to_bf16(float x) { return (u16)(pack_bf16(x, 0.f) & 0xFFFF); }
 __device__ __forceinline__ float low_bf16(u32 v) { return __uint_as_float(v << 16); }
 __device__ __forceinline__ float high_bf16(u32 v) { return __uint_as_float(v & 0xFFFF0000u); }
-__device__ __forceinline__ u32 mul_bf16(u32 a, u32 b) {
-    u32 v;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-}
-__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
-    u32 v;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
-    return v;
-}
 // With E4M3 activations, a thousand times coarser, one hyperbolic tangent; else an exponential and a reciprocal.
 __device__ __forceinline__ float sigmoid(float x) {
-    float e, s;
-    if (WIDE) {
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
-        return s;
-    }
-    asm("tanh.approx.f32 %0, %1;" : "=f"(e) : "f"(0.5f * x));
-    return fmaf(0.5f, e, 0.5f);
+    if (WIDE) return reciprocal_approx(1.f + exp2_approx(x * -1.4426950408889634f));
+    return fmaf(0.5f, tanh_approx(0.5f * x), 0.5f);
 }
-// a store that costs no branch
-__device__ __forceinline__ void store_if(u16* to, u32 value, bool live) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}"
-                 ::"l"(to), "r"(value), "r"((int)live) : "memory");
-}
-
-// wgmma wrappers come from the host: MMA::wide(acc, a0..a3, desc, keep), ::narrow_rs, ::narrow_ss
-@WGMMA@
 
 // ---------------------------------------------------------------- E4M3 to bfloat16
 
@@ -317,7 +207,7 @@ __device__ __forceinline__ void load_rows(u32 rows, u32 to, int thread, int byte
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
             if (i0 + i < BN / ROWS_AT_ONCE)
-                asm volatile("ld.shared.b64 %0, [%1];" : "=l"(from[i]) : "r"(rows + (i0 + i) * ROWS_AT_ONCE * 8));
+                from[i] = lds_address(rows + (i0 + i) * ROWS_AT_ONCE * 8);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i)
             if (i0 + i < BN / ROWS_AT_ONCE)
@@ -1015,16 +905,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
             barrier_init(full + i * 8, 256);
             barrier_init(empty + i * 8, 8);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     __syncthreads();
     Schedule schedule{before, offsets, p.E, (p.F + TILE_F - 1) / TILE_F};
     u32 stages = smem_address(shared);
     if (thread < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 @PRODUCER_REGISTERS@;");
+        producer_registers();
         produce(p, schedule, stages, full, empty, rows, source, thread);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 @CONSUMER_REGISTERS@;");
+        consumer_registers();
         int group = (thread >> 7) - 1, warp = (thread >> 5) & 3;
         Ring ring{stages, full, empty, 0, 0};
         int total = schedule.total();
