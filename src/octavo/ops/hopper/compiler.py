@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from octavo.errors import EngineError
 
 ARCHITECTURE = "sm_90a"
@@ -94,7 +96,8 @@ def source(mode: Mode) -> str:
     return text.replace("@PRODUCER_REGISTERS@", str(producer)).replace("@CONSUMER_REGISTERS@", str(consumer))
 
 
-def _options(mode: Mode) -> list[str]:
+def macros(mode: Mode) -> list[str]:
+    """The modes as the compiler's definitions."""
     values = {
         "WIDE": mode.wide,
         "BANK": mode.bank,
@@ -104,9 +107,12 @@ def _options(mode: Mode) -> list[str]:
         "BN": mode.tokens,
         "MT": mode.products,
     }
+    return [f"-D{name}={int(value)}" for name, value in values.items()]
+
+
+def _options(mode: Mode) -> list[str]:
     return [
-        f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device", "--ptxas-options=-v",
-        *(f"-D{name}={int(value)}" for name, value in values.items()),
+        f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "-default-device", "--ptxas-options=-v", *macros(mode),
     ]  # fmt: skip
 
 
@@ -171,11 +177,15 @@ def _kernel(mode: Mode, device: int, entry: bytes) -> Any:
     return driver.CUfunction(int(kernel))
 
 
-def launch(mode: Mode, device: int, blocks: int, stream: int, arguments: int) -> None:
-    """Launch on ``stream`` with the address of an array of argument pointers."""
+def launch(mode: Mode, device: torch.device, most: int, arguments: int) -> None:
+    """Launch on the current stream of ``device``, at most ``most`` blocks, with the address of an array of argument
+    pointers.
+    """
     from cuda.bindings import driver
 
-    function = _kernel(mode, device, b"product")
+    blocks = min(most, torch.cuda.get_device_properties(device).multi_processor_count)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    function = _kernel(mode, device.index or 0, b"product")
     (status,) = driver.cuLaunchKernel(
         function, blocks, 1, 1, 384, 1, 1, SHARED_BYTES, driver.CUstream(stream), arguments, 0
     )

@@ -92,38 +92,59 @@ def _magic(divisor: int) -> int:
     return -(-(2**32) // divisor) & 0xFFFFFFFF
 
 
-@lru_cache(maxsize=4096)
-def _tensor_map(
+@dataclass(frozen=True)
+class TensorMap:
+    """How tiles of a weight lie in memory: ``dims`` and ``box`` in elements of ``size`` bytes, innermost first;
+    ``strides`` in bytes, of all dimensions but the innermost; ``swizzle`` in bytes.
+    """
+
+    address: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    size: int
+    swizzle: int
+
+
+def tensor_map(
     address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int, bank: bool
-) -> "ctypes.Array[ctypes.c_uint64]":
-    """The tensor map by which a weight's tiles are fetched.
+) -> TensorMap:
+    """By which tiles of a weight [experts, rows, cols] are fetched.
 
     A tile that is not flipped brings its rows in the order of wgmma's fragments: of a thread's 4 neighbouring features,
     each goes to another of 4 row positions 8 apart (2 of 2 with ``dual``).
     """
-    from cuda.bindings import driver
-
     step = 128 if products == 2 and not bank else 64
     size = 2 if bank else 1
-    swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+    line = cols * size
     if flip:
-        dims, strides, box = [cols, rows, experts], [cols, rows * cols], [128 // size, step, 1]
-    else:
-        if dual and products == 1:
-            # a gate and an up feature side by side
-            dims, strides = [cols, 8, 2, experts * rows // 8], [cols, cols * rows // 2, 8 * cols]
-        else:
-            dims, strides = [cols, 8, 2, experts * rows // 16], [2 * cols, cols, 16 * cols]
-        box = [step, 8, 2, 8 if dual and products == 1 else 4]
-        if step * size == 64:
-            swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B
+        return TensorMap(address, (cols, rows, experts), (line, rows * line), (128 // size, step, 1), size, 128)
+    swizzle = 64 if step * size == 64 else 128
+    if dual and products == 1:
+        # a gate and an up feature side by side
+        dims, strides = (cols, 8, 2, experts * rows // 8), (line, rows // 2 * line, 8 * line)
+        return TensorMap(address, dims, strides, (step, 8, 2, 8), size, swizzle)
+    dims, strides = (cols, 8, 2, experts * rows // 16), (2 * line, line, 16 * line)
+    return TensorMap(address, dims, strides, (step, 8, 2, 4), size, swizzle)
+
+
+@lru_cache(maxsize=4096)
+def _encoded(
+    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int, bank: bool
+) -> "ctypes.Array[ctypes.c_uint64]":
+    """The tensor map as the hardware reads it."""
+    from cuda.bindings import driver
+
+    found = tensor_map(address, experts, rows, cols, flip, dual, products, bank)
     status, encoded = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bank
-        else driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8, len(dims), address,
-        [driver.cuuint64_t(n) for n in dims], [driver.cuuint64_t(n * size) for n in strides],
-        [driver.cuuint32_t(n) for n in box], [driver.cuuint32_t(1)] * len(dims),
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if found.size == 2
+        else driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        len(found.dims), found.address,
+        [driver.cuuint64_t(n) for n in found.dims], [driver.cuuint64_t(n) for n in found.strides],
+        [driver.cuuint32_t(n) for n in found.box], [driver.cuuint32_t(1)] * len(found.dims),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B if found.swizzle == 128
+        else driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip
@@ -172,7 +193,7 @@ def product(
     values = storage(weight)[0] if bank is None else bank.values
     first, num_experts = (0, weight.num_experts) if bank is None else (bank.first, bank.values.shape[0])
     grid_n, grid_k = weight.scales.shape[2:]
-    encoded = _tensor_map(_address(values), *values.shape, flip, h is not None, products, bank is not None)
+    encoded = _encoded(_address(values), *values.shape, flip, h is not None, products, bank is not None)
     params = _Params(
         encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
@@ -183,11 +204,8 @@ def product(
         gradient is not None and gradient.p_M.dtype == torch.float32, first > 0, _magic(weight.block[0]),
         _magic(weight.block[1]),
     )  # fmt: skip
-    device = out.device
     tile = products * FEATURES // (2 if h is not None else 1)
     most = (-(-num_rows // tokens) + num_experts) * -(-features // tile)
-    blocks = min(most, torch.cuda.get_device_properties(device).multi_processor_count)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    launch(mode, device.index or 0, blocks, stream, ctypes.addressof(pointers))
+    launch(mode, out.device, most, ctypes.addressof(pointers))

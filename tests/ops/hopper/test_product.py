@@ -1,0 +1,267 @@
+"""Every kind of product for Hopper against float64: the source that a GPU runs, thread by thread, on `emulator.hpp`.
+
+Legend: ``M`` rows sorted by expert, ``E`` experts, ``F`` features, ``C`` contraction, ``R`` LoRA rank.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.formats.scheme import ScaleLayout
+from octavo.formats.weight import Float8Weight, quantize
+from octavo.ops.hopper.compiler import Mode
+from octavo.ops.hopper.product import ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
+
+GUARD = 7
+"""Rows past the last offset, which nobody may write."""
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """Of each 16 columns the even ones first."""
+    return x.unflatten(-1, (-1, 8, 2)).transpose(-1, -2).flatten(-3).contiguous()
+
+
+def plain(x: Tensor) -> Tensor:
+    """The inverse of :func:`interleaved`."""
+    return x.unflatten(-1, (-1, 2, 8)).transpose(-1, -2).flatten(-3).contiguous()
+
+
+@dataclass
+class Case:
+    """The operands of one product, and what it gives in float64."""
+
+    rows_of: tuple[int, ...]
+    rows: int
+    cols: int
+    layout: ScaleLayout
+    flip: bool = False
+    parts: int = 1
+    rank: int = 16
+    gathers: bool = True
+    rounded: bool = False
+    seed: int = 0
+    lora: LoraStep | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        experts = len(self.rows_of)
+        values = torch.randn(experts, self.parts * self.rows, self.cols) * 0.02
+        self.weight: Float8Weight = quantize(values, self.layout, parts=self.parts)
+        # scales of very different sizes, or a product that takes its neighbour's would pass
+        self.weight = Float8Weight(
+            self.weight.codes, self.weight.scales * torch.rand(self.weight.scales.shape).mul(3).exp(), self.weight.block
+        )
+        self.live = sum(self.rows_of)
+        self.num_rows = self.live + GUARD
+        self.offsets_E = torch.tensor(self.rows_of).cumsum(0).int()
+        self.expert_M = torch.repeat_interleave(torch.arange(experts), torch.tensor(self.rows_of))
+        width = self.parts * self.rows
+        self.features, self.contraction = (self.cols, width) if self.flip else (width, self.cols)
+        num_sources = 2 * self.live // 3 + 1 if self.gathers else self.num_rows
+        self.token_M = torch.randint(num_sources, (self.num_rows,)) if self.gathers else None
+        self.values = torch.randn(num_sources, self.contraction).bfloat16()
+        if self.rank:
+            xa = torch.randn(self.num_rows, self.rank).bfloat16()
+            self.lora = LoraStep(xa, (torch.randn(experts, self.features, self.rank) * 0.1).bfloat16())
+        self.operand, self.wide = self._operand()
+
+    def _operand(self) -> tuple[Rows, Tensor]:
+        """(what the kernel multiplies, the same in float64 [*, C])."""
+        values = self.values
+        if not self.rounded:
+            if self.flip:
+                return Rows(values, self.token_M), values.double()
+            return Rows(interleaved(values) * 2.0**ROWS_UP, self.token_M), values.double()
+        whole = self.weight.block[1] >= self.weight.in_features
+        group = self.contraction if whole else self.weight.block[0 if self.flip else 1]
+        grouped = values.float().unflatten(1, (-1, group))
+        scales = grouped.abs().amax(-1) / 448
+        codes = (grouped / scales[..., None]).to(torch.float8_e4m3fn)
+        wide = (codes.double() * scales[..., None].double()).flatten(1)
+        return Rows(codes.flatten(1).contiguous(), self.token_M, scales.contiguous()), wide
+
+    @property
+    def dense(self) -> Tensor:
+        """The weights in float64 [E, N, K]; without scales where the rows have them folded in."""
+        folded = self.rounded and self.flip and self.weight.block[1] >= self.weight.in_features
+        if folded:
+            return self.weight.codes.double().flatten(1, 2)
+        return self.weight.dequantize(torch.float64)
+
+    def expected(self) -> Tensor:
+        """[live, features] in float64."""
+        source = torch.arange(self.live) if self.token_M is None else self.token_M[: self.live]
+        rows, dense, out = self.wide[source], self.dense, torch.zeros(self.live, self.features, dtype=torch.float64)
+        for expert in range(len(self.rows_of)):
+            here = self.expert_M == expert
+            out[here] = rows[here] @ (dense[expert] if self.flip else dense[expert].T)
+            if self.lora is not None:
+                out[here] += self.lora.xa[: self.live][here].double() @ self.lora.factor[expert].double().T
+        return out
+
+    def empty(self, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.full((self.num_rows, columns), float("nan"), dtype=dtype)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Every live row is right, by its own norm, and the guard is untouched."""
+    live = want.shape[0]
+    assert got[live:].isnan().all()
+    error = (got[:live].double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert error.max() <= tolerance
+    assert error.mean() <= 0.6 * tolerance
+
+
+RAGGED = (37, 0, 1, 130, 64, 5)
+CHANNEL, TENSOR, BLOCK = ScaleLayout("channel"), ScaleLayout("tensor"), ScaleLayout("block", (128, 128))
+# Of a row: bfloat16 rounds a result by 2^-8 at most, 1.7e-3 in the mean; with scales in a table, or dequantized before,
+# the weights as well.
+ROUNDED, TABLE_ROUNDED = 2**-8, 1.6 * 2**-8
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("rounded", [False, True], ids=["bfloat16", "e4m3"])
+@pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
+@pytest.mark.parametrize("layout", [CHANNEL, TENSOR, BLOCK], ids=["channel", "tensor", "block"])
+def test_store(launched: list[Mode], layout: ScaleLayout, flip: bool, rounded: bool, tokens: int) -> None:
+    sizes = (384, 256) if layout.kind == "block" else (160, 288)
+    case = Case(RAGGED, *sizes, layout, flip=flip, rounded=rounded, gathers=tokens == 64)
+    out = case.empty(case.features)
+    product(case.operand, case.weight, case.offsets_E, out, flip=flip, lora=case.lora, tokens=tokens)
+    [mode] = launched
+    assert (mode.wide, mode.flip, mode.tokens) == (not rounded, flip, tokens)
+    close(out, case.expected(), ROUNDED if rounded or (layout.kind != "block" and not flip) else TABLE_ROUNDED)
+
+
+@pytest.mark.parametrize("rank", [0, 8, 72])
+@pytest.mark.parametrize("rounded", [False, True], ids=["bfloat16", "e4m3"])
+def test_ranks(launched: list[Mode], rank: int, rounded: bool) -> None:
+    """None, less than a multiplication has, and more than a step has."""
+    case = Case(RAGGED, 160, 288, CHANNEL, rounded=rounded, rank=rank, seed=rank)
+    out = case.empty(case.features)
+    product(case.operand, case.weight, case.offsets_E, out, lora=case.lora, tokens=64)
+    close(out, case.expected(), ROUNDED)
+
+
+@pytest.mark.parametrize("rows_of", [(1,), (0, 0, 0), (300,), (0, 257, 0, 0), tuple([3] * 70)], ids=str)
+def test_experts(launched: list[Mode], rows_of: tuple[int, ...]) -> None:
+    """One, none with rows, one with all rows, and more than a warp has lanes."""
+    case = Case(rows_of, 96, 64, CHANNEL, seed=len(rows_of))
+    out = case.empty(case.features)
+    product(case.operand, case.weight, case.offsets_E, out, lora=case.lora, tokens=64)
+    assert out[case.live :].isnan().all()
+    if case.live:
+        close(out, case.expected(), ROUNDED)
+
+
+def test_a_launch_without_rows_is_none(launched: list[Mode]) -> None:
+    case = Case((0, 0), 96, 64, CHANNEL)
+    product(case.operand, case.weight, case.offsets_E, torch.empty(0, 96, dtype=torch.bfloat16))
+    assert not launched
+
+
+WAYS = [
+    pytest.param(CHANNEL, False, False, id="channel-bfloat16"),
+    pytest.param(BLOCK, False, False, id="block-bfloat16"),
+    pytest.param(CHANNEL, True, False, id="channel-e4m3"),
+    pytest.param(BLOCK, True, False, id="block-e4m3"),
+    pytest.param(CHANNEL, False, True, id="dequantized"),
+]
+
+
+def bank_of(case: Case) -> Bank:
+    """All experts, dequantized."""
+    return Bank(interleaved(case.weight.dequantize(torch.bfloat16)), 0)
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize(("layout", "rounded", "banked"), WAYS)
+def test_swiglu(launched: list[Mode], layout: ScaleLayout, rounded: bool, banked: bool, tokens: int) -> None:
+    width, cols = (256, 128) if layout.kind == "block" else (96, 160)
+    case = Case(RAGGED, width, cols, layout, parts=2, rounded=rounded)
+    z, h = case.empty(2 * width), case.empty(width)
+    bank = bank_of(case) if banked else None
+    product(case.operand, case.weight, case.offsets_E, z, h=h, lora=case.lora, tokens=tokens, bank=bank)
+    close(z, case.expected(), ROUNDED if rounded or (layout is CHANNEL and not banked) else TABLE_ROUNDED)
+    # h is that of the rounded z, so that backward computes the same again
+    gates, ups = z[: case.live].double().chunk(2, -1)
+    found = h if rounded else plain(h) * 2.0**-ROWS_UP
+    close(found, F.silu(gates) * ups, ROUNDED)
+
+
+@pytest.mark.parametrize("spends", [False, True], ids=["", "in the place of z"])
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize(("layout", "rounded", "banked"), WAYS)
+def test_gate_gradient(
+    launched: list[Mode], layout: ScaleLayout, rounded: bool, banked: bool, tokens: int, spends: bool
+) -> None:
+    rows, width = (128, 384) if layout.kind == "block" else (160, 288)
+    case = Case(RAGGED, rows, width, layout, flip=True, rounded=rounded)
+    z = torch.randn(case.num_rows, 2 * width).bfloat16()
+    z[case.live :] = float("nan")
+    p_M = torch.rand(case.num_rows)
+    if tokens == 64:
+        p_M = p_M.bfloat16()
+    shares = torch.full((2 * -(-width // 256), case.num_rows), float("nan"))
+    dz = z.clone() if spends else case.empty(2 * width)
+    gradient = GateGradient(dz if spends else z, p_M, shares)
+    bank = bank_of(case) if banked else None
+    product(
+        case.operand, case.weight, case.offsets_E, dz, flip=True, lora=case.lora, gradient=gradient, tokens=tokens,
+        bank=bank,
+    )  # fmt: skip
+    dh = case.expected()
+    wide = z[: case.live].double().requires_grad_()
+    gates, ups = wide.chunk(2, -1)
+    h = F.silu(gates) * ups
+    [want] = torch.autograd.grad(h, wide, dh * p_M[: case.live, None].double())
+    close(dz, want, ROUNDED if rounded else TABLE_ROUNDED)
+    dp, want_dp = shares[:, : case.live].double().sum(0), (dh * h.detach()).sum(-1)
+    scale = (dh * h.detach()).norm(dim=-1)
+    assert ((dp - want_dp).abs() / scale).max() < TABLE_ROUNDED
+    assert shares[:, case.live :].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [64, 192])
+@pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
+def test_chunks_of_dequantized_experts(launched: list[Mode], flip: bool, tokens: int) -> None:
+    """Each chunk writes its experts' rows and leaves the others."""
+    case = Case(RAGGED, 160, 288, CHANNEL, flip=flip)
+    whole = interleaved(case.weight.dequantize(torch.bfloat16))
+    out = case.empty(case.features)
+    for first in range(0, len(RAGGED), 2):
+        bank = Bank(whole[first : first + 2].contiguous(), first)
+        before = out.clone()
+        product(case.operand, case.weight, case.offsets_E, out, flip=flip, lora=case.lora, tokens=tokens, bank=bank)
+        start = 0 if first == 0 else int(case.offsets_E[first - 1])
+        assert torch.equal(out[:start], before[:start])
+        assert out[int(case.offsets_E[first + 1]) :].isnan().all()
+    close(out, case.expected(), TABLE_ROUNDED)
+
+
+def test_widening_is_exact_for_every_code(launched: list[Mode]) -> None:
+    """A row of one 1 selects a column of the weight, whose every code comes out as it is."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F].repeat(2)[:504]
+    values = torch.zeros(512, dtype=torch.uint8)
+    values[:504] = codes
+    case = Case((64,), 512, 64, TENSOR, rank=0, gathers=False)
+    stack = values[:, None].repeat(1, 64).view(torch.float8_e4m3fn)[None, None]
+    case.weight = Float8Weight(stack.contiguous(), torch.ones(1, 1, 1, 1), case.weight.block)
+    rows = torch.zeros(case.num_rows, 64).bfloat16()
+    rows[torch.arange(64), torch.arange(64)] = 1
+    out = case.empty(512)
+    product(Rows(interleaved(rows) * 2.0**ROWS_UP), case.weight, case.offsets_E, out, tokens=64)
+    want = values.view(torch.float8_e4m3fn).float()
+    assert torch.equal(out[:64].float(), want.expand(64, -1))
+
+
+def test_repeats_bit_for_bit(launched: list[Mode]) -> None:
+    case = Case(RAGGED, 160, 288, CHANNEL)
+    outs = [case.empty(case.features) for _ in range(2)]
+    for out in outs:
+        product(case.operand, case.weight, case.offsets_E, out, lora=case.lora, tokens=64)
+    assert torch.equal(outs[0][: case.live], outs[1][: case.live])
