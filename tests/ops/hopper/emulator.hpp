@@ -140,6 +140,10 @@ static void copy4(u32 to, const void* from) { memcpy(shared_at(to, 4), from, 4);
 static void store_if(u16* to, u32 value, bool live) {
     if (live) memcpy(to, &value, 4);
 }
+static void store2(float* to, float x, float y) {
+    if ((u64)to % 8) fail("a pair is stored at an address that is not aligned", (u64)to);
+    to[0] = x, to[1] = y;
+}
 template <class T> T __ldg(const T* p) { return *p; }
 
 static u32 swizzled(u32 address, int span) {
@@ -265,6 +269,23 @@ static u32 mul_bf16(u32 a, u32 b) {
 static u32 fma_bf16(u32 a, u32 b, u32 c) {
     return pair_bf16((double)bf16(a & 0xFFFF) * bf16(b & 0xFFFF) + bf16(c & 0xFFFF),
                      (double)bf16(a >> 16) * bf16(b >> 16) + bf16(c >> 16));
+}
+// rows of the left operand by g and g + 8, its columns, and rows of the right one, by 2q, 2q + 1 and 8 more
+static u32 fragments[THREADS][6], fragments_given[THREADS][6];
+static void warp_multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    int first = warp_of() * WARP, g = lane_of() / 4, q = lane_of() % 4;
+    u32 words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    memcpy(fragments[self->index], words, sizeof words);
+    warps[warp_of()].meet(WARP, [&] { memcpy(fragments_given + first, fragments + first, WARP * sizeof words); });
+    for (int i = 0; i < 4; ++i) {
+        int row = g + (i >> 1) * 8, column = 2 * q + (i & 1);
+        for (int k = 0; k < 16; ++k) {
+            int at = k % 8 / 2, word = k / 8, shift = k % 2 * 16;
+            u32 left = fragments_given[first + row % 8 * 4 + at][word * 2 + row / 8];
+            u32 right = fragments_given[first + column * 4 + at][4 + word];
+            c[i] += bf16(left >> shift & 0xFFFF) * bf16(right >> shift & 0xFFFF);
+        }
+    }
 }
 static float exp2_approx(float x) { return std::exp2(x); }
 static float reciprocal_approx(float x) { return 1.f / x; }

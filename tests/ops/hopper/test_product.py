@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import Float8Weight, quantize
 from octavo.ops.hopper.compiler import Mode
-from octavo.ops.hopper.product import ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
+from octavo.ops.hopper.product import RANKS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
 
 GUARD = 7
 """Rows past the last offset, which nobody may write."""
@@ -223,6 +223,36 @@ def test_gate_gradient(
     scale = (dh * h.detach()).norm(dim=-1)
     assert ((dp - want_dp).abs() / scale).max() < TABLE_ROUNDED
     assert shares[:, case.live :].isnan().all()
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize(("layout", "rounded"), [(CHANNEL, False), (CHANNEL, True), (BLOCK, False), (BLOCK, True)])
+def test_gate_gradient_sums_the_gradient_of_A(
+    launched: list[Mode], layout: ScaleLayout, rounded: bool, rank: int
+) -> None:
+    """Of each tile of tokens, in the order of tiles; ranks that are not there are zero."""
+    rows, width = (128, 384) if layout.kind == "block" else (160, 288)
+    tokens = 64 if rank == 8 else 128
+    case = Case(RAGGED, rows, width, layout, flip=True, rounded=rounded, rank=rank)
+    z, p_M = torch.randn(case.num_rows, 2 * width).bfloat16(), torch.rand(case.num_rows)
+    shares = torch.empty(2 * -(-width // 256), case.num_rows)
+    tiles = [-(-count // tokens) for count in RAGGED]
+    sums = torch.full((sum(tiles), width, RANKS), float("nan"))
+    gradient = GateGradient(z, p_M, shares, sums)
+    dz = case.empty(2 * width)
+    product(case.operand, case.weight, case.offsets_E, dz, flip=True, lora=case.lora, gradient=gradient, tokens=tokens)
+    assert launched[-1].outer
+    assert case.lora is not None
+    gates, ups = z[: case.live].double().chunk(2, -1)
+    h, yb = F.silu(gates) * ups * p_M[: case.live, None].double(), case.lora.xa[: case.live].double()
+    first = 0
+    for expert, count in enumerate(tiles):
+        here = case.expert_M == expert
+        found = sums[first : first + count].double().sum(0)
+        want = h[here].T @ yb[here]
+        assert (found[:, :rank] - want).norm() <= ROUNDED * want.norm()
+        assert not found[:, rank:].any()
+        first += count
 
 
 @pytest.mark.parametrize("tokens", [64, 192])

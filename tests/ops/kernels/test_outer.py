@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops.kernels.outer import outer
+from octavo.ops.kernels.outer import outer, sum_tiles
 from tests.ops.kernels.cases import ACTIVATIONS, Rows, assert_sums, grouped_outer, ragged
 from tests.ops.kernels.test_rows import poisoned_tokens
 
@@ -55,3 +55,24 @@ def test_h_is_computed_again_from_z(drawn: tuple[list[int], int, int], width: in
     # silu in float32 (an exponential, a division, two products), then one rounding of h
     slack = (16 * 2**-24 + torch.finfo(ACTIVATIONS).eps / 2) * 1.01 * magnitude
     assert_sums("outer", got.transpose(1, 2), want, magnitude, max(rows.counts), slack=slack)
+
+
+@given(
+    drawn=ragged, width=st.sampled_from((16, 70, 130)), rank=st.sampled_from((3, 16)), tokens=st.sampled_from((16, 32))
+)
+@settings(max_examples=15, deadline=None)
+def test_sums_the_tiles_of_each_expert(drawn: tuple[list[int], int, int], width: int, rank: int, tokens: int) -> None:
+    """In order, zero for an expert without rows; ranks beyond those of the factor are padding, and so are tiles."""
+    rows = Rows(*drawn)
+    tiles = [-(-count // tokens) for count in rows.counts]
+    sums = rows.draw(sum(tiles) + 2, width, 16, dtype=torch.float32)
+    sums[sum(tiles) :] = float("nan")
+    like = rows.draw(len(tiles), rank, width, dtype=torch.float32)
+    got = sum_tiles(sums, rows.offsets_E, tokens, like)
+    first = 0
+    for expert, count in enumerate(tiles):
+        want = torch.zeros(width, 16, device=sums.device)
+        for tile in sums[first : first + count]:
+            want += tile
+        first += count
+        assert torch.equal(got[expert], want[:, :rank].T)

@@ -36,6 +36,7 @@ class Mode:
     tokens: int
     products: int = 2
     bank: bool = False
+    outer: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -101,6 +102,7 @@ def macros(mode: Mode) -> list[str]:
     values = {
         "WIDE": mode.wide,
         "BANK": mode.bank,
+        "OUTER": mode.outer,
         "FLIP": mode.flip,
         "SCALE": mode.scale,
         "STAGE": mode.stage,

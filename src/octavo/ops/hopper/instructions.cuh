@@ -89,6 +89,14 @@ __device__ __forceinline__ void matrix4_turned(u32 a, u32& x, u32& y, u32& z, u3
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "r"(a));
 }
+// 16 features by 16 tokens times 16 tokens by 8 ranks, in a warp
+__device__ __forceinline__ void warp_multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void store2(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 v;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));

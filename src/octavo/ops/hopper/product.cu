@@ -17,6 +17,8 @@
 //   MT     64-feature products per consumer: 2, or 1 with up to 256 tokens, where a weight is widened half as often.
 //   STAGE  STORE: out [M, F].  SWIGLU: z = [gate, up] [M, 2F] and h [M, F].  GRADIENT: dz [M, 2F] from z and the
 //             product dh, and each row's share of <dh, h>.
+//   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
+//             of x·A, summed over its tokens. h is in registers here, and in memory nowhere.
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
@@ -48,6 +50,8 @@ constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
 constexpr bool DRAINS = !BANK && (WIDE || FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
+constexpr int RANKS = 16;             // OUTER: of its sums
+constexpr u32 Z_BYTES = ZT * BF * 4;  // of a step: z, and after it rows of RANKS numbers
 
 struct __align__(64) Params {
     u64 map[16];   // CUtensorMap of the weight
@@ -63,6 +67,7 @@ struct __align__(64) Params {
     const u16* z;
     const void* p;
     float* shares;
+    float* sums;           // OUTER: [token tiles, F, 16]
     long long num_rows;
     int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
     int p_float, follows;   // follows: experts before the first have rows, up to offsets[-1]
@@ -113,7 +118,7 @@ __device__ __forceinline__ void split_scale(float s, u16& hi, u16& lo) {
 // ---------------------------------------------------------------- tiles
 
 struct Tile {
-    int expert, row0, rows, feature0, index_f;
+    int expert, row0, rows, feature0, index_f, index;   // index: of the token tile, over all experts
 };
 
 struct Schedule {
@@ -134,6 +139,7 @@ struct Schedule {
         int local = id - before[low] * num_f;
         t.index_f = local / tiles;
         int index = local - t.index_f * tiles;
+        t.index = before[low] + index;
         int per = ((end - start + tiles - 1) / tiles + 7) & ~7;
         t.row0 = start + index * per;
         t.rows = min(per, end - t.row0);
@@ -297,6 +303,12 @@ __device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part,
         const u16* from = p.z;
         if (valid) from += (long long)(t.row0 + row) * (2 * p.F) + (chunk / (CHUNKS / 2)) * p.F + f;
         copy16(at, from, valid);
+    }
+    if (OUTER && thread < 2 * ZT) {
+        int local = thread >> 1, row = part * ZT + local, first = (thread & 1) * 8;
+        bool valid = row < t.rows && first < p.R;
+        copy16(to + Z_BYTES + local * (RANKS * 2) + first * 2,
+               p.xa + (valid ? ((long long)(t.row0 + row) * p.R + first) * 2 : 0), valid);
     }
     if (thread < ZT) {
         int row = part * ZT + thread;
@@ -803,14 +815,20 @@ struct Work {
 #pragma unroll
         for (int tile = 0; tile < MT; ++tile)
             at[tile] = 2 * q * (BF * 4) + ((((group * MT + tile) * 4 + warp) ^ q) * 32) + g * 4;
+        float outer[MT][2][4];
+#pragma unroll
+        for (int i = 0; i < MT * 8; ++i) outer[i / 8][(i / 4) % 2][i % 4] = 0.f;
+        // where this thread's rows of the four 8 by 8 blocks of x·A lie: tokens 0 .. 7 and 8 .. 15, ranks 0 .. 7, 8 .. 15
+        u32 at_xa = Z_BYTES + (lane & 15) * (RANKS * 2) + (lane >> 4) * 16;
 #pragma unroll
         for (int part = 0; part < BN / ZT; ++part) {
             u32 base = ring.wait(), table = base + A_BYTES + B_BYTES + 8 * q;
             float sums[8];
+            u32 left[MT][4];   // OUTER: a feature's tokens 2q and 2q + 1 of eight, then of the next eight
 #pragma unroll
             for (int jj = 0; jj < ZT / 8; ++jj) {
                 int j = part * (ZT / 8) + jj;
-                float weight[2];
+                float weight[2], h[2][MT][2];
                 lds_float2(table + jj * 32, weight[0], weight[1]);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -826,7 +844,8 @@ struct Work {
                             // past the last feature dh and z are zero
                             float dh = acc[tile][4 * j + 2 * half + i], s = sigmoid(gate[half]);
                             float silu = gate[half] * s;
-                            share = fmaf(dh, silu * up[half], share);
+                            h[i][tile][half] = silu * up[half];
+                            share = fmaf(dh, h[i][tile][half], share);
                             dh *= weight[i];
                             to_gate[half] = dh * up[half] * (fmaf(-silu, s, silu) + s);
                             to_up[half] = dh * silu;
@@ -839,6 +858,21 @@ struct Work {
                     sums[2 * jj + i] = share;
                 }
                 line += 16 * p.F;
+                if (OUTER) {
+#pragma unroll
+                    for (int i = 0; i < 2 * MT; ++i)
+                        left[i >> 1][(jj & 1) * 2 + (i & 1)] =
+                            pack_bf16(h[0][i >> 1][i & 1] * weight[0], h[1][i >> 1][i & 1] * weight[1]);
+                    if (jj & 1) {
+                        u32 b[4];
+                        matrix4_turned(base + at_xa + (jj >> 1) * (16 * RANKS * 2), b[0], b[1], b[2], b[3]);
+#pragma unroll
+                        for (int tile = 0; tile < MT; ++tile) {
+                            warp_multiply(outer[tile][0], left[tile], b[0], b[1]);
+                            warp_multiply(outer[tile][1], left[tile], b[2], b[3]);
+                        }
+                    }
+                }
             }
             ring.free(ring.next(), lane);
             // eight sums over the eight lanes of a column: each lane ends with one
@@ -854,6 +888,19 @@ struct Work {
             }
             // lane g has sum number g: token 8 * (g >> 1) + 2q + (g & 1)
             shares[(group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1)] = sums[0];
+        }
+        if (OUTER) {
+            float* to = p.sums + ((long long)t.index * p.F + f) * RANKS + 2 * q;
+#pragma unroll
+            for (int tile = 0; tile < MT; ++tile)
+                if (f + tile * 64 < p.F) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+#pragma unroll
+                        for (int n = 0; n < 2; ++n)
+                            store2(to + (tile * 64 + half) * RANKS + n * 8, outer[tile][n][2 * half],
+                                   outer[tile][n][2 * half + 1]);
+                }
         }
         // this consumer's features alone: consumers never wait for each other
         named_sync(2 + group, 128);

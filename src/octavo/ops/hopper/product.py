@@ -18,6 +18,8 @@ from octavo.ops.weights import storage
 MAX_EXPERTS = 1024
 FEATURES = 128
 """Features of a tile per product (with SwiGLU half of them gates)."""
+RANKS = 16
+"""Up to how many ranks the gate's gradient also sums the gradient of LoRA's A."""
 ROWS_UP = 60
 """Powers of two by which bfloat16 rows are larger in a product that is not flipped: widened codes are 2^-120 of theirs,
 and their products must stay inside float32. Exact for values below 2^67.
@@ -58,12 +60,14 @@ class LoraStep:
 @dataclass(frozen=True)
 class GateGradient:
     """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32
-    [2 * ceil(F / 256), M] takes each row's parts of <dh, h>.
+    [2 * ceil(F / 256), M] takes each row's parts of <dh, h>; ``sums`` float32 [token tiles, F, 16], where given, each
+    token tile's part of the gradient of LoRA's A, for at most :data:`RANKS` ranks and no chunks of experts.
     """
 
     z: Tensor
     p_M: Tensor
     shares: Tensor
+    sums: Tensor | None = None
 
 
 class _Params(ctypes.Structure):
@@ -71,6 +75,7 @@ class _Params(ctypes.Structure):
         ("map", ctypes.c_uint64 * 16),
         *((name, ctypes.c_void_p) for name in (
             "act", "token", "offsets", "act_scale", "scales", "xa", "factor", "out", "h", "z", "p", "shares",
+            "sums",
         )),
         ("num_rows", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
@@ -198,7 +203,8 @@ def product(
         encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
         _address(out), _address(h), gradient and _address(gradient.z), gradient and _address(gradient.p_M),
-        gradient and _address(gradient.shares), num_rows, num_experts, features, contraction,
+        gradient and _address(gradient.shares), gradient and _address(gradient.sums), num_rows, num_experts, features,
+        contraction,
         weight.out_features, weight.in_features, weight.rows, grid_n, grid_k, weight.block[0], weight.block[1],
         1 if rows.scales is None else rows.scales.shape[1], 0 if lora is None else lora.xa.shape[1],
         gradient is not None and gradient.p_M.dtype == torch.float32, first > 0, _magic(weight.block[0]),
@@ -207,5 +213,10 @@ def product(
     tile = products * FEATURES // (2 if h is not None else 1)
     most = (-(-num_rows // tokens) + num_experts) * -(-features // tile)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None)
+    outer = gradient is not None and gradient.sums is not None
+    if outer:
+        assert bank is None
+        assert lora is not None
+        assert lora.xa.shape[1] <= RANKS
+    mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None, outer)
     launch(mode, out.device, most, ctypes.addressof(pointers))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, padded_rank
+from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, expert_tiles, padded_rank
 
 
 @triton.jit
@@ -78,5 +78,39 @@ def outer(
         a, b_MR, token_M, p_M, offsets_E, out, *strides, N=cols, R=rank, RP=padded_rank(rank),
         GATHER=token_M is not None, WEIGHTED=p_M is not None, GATED=gated, BM=cut.rows, BN=cut.columns,
         WIDE=INTERPRETED, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def sum_tiles_kernel(
+    sums_CNR, offsets_E, out, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    TOKENS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(1)
+    index_E = tl.arange(0, EP)
+    tiles = expert_tiles(offsets_E, 0, E, E, EP, TOKENS)
+    first = tl.sum(tl.where(index_E == e - 1, tiles, 0), 0)
+    last = tl.sum(tl.where(index_E == e, tiles, 0), 0)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = tl.arange(0, RP)
+    acc = tl.zeros((BN, RP), tl.float32)
+    source = sums_CNR + first.to(tl.int64) * (N * RP) + n[:, None] * RP + r[None, :]
+    for _ in range(first, last):
+        acc += tl.load(source, mask=(n < N)[:, None], other=0.0)
+        source += N * RP
+    at = out + e.to(tl.int64) * (N * R) + r[:, None] * N + n[None, :]
+    tl.store(at, tl.trans(acc).to(out.dtype.element_ty), mask=(r < R)[:, None] & (n < N)[None, :])
+
+
+def sum_tiles(sums_CNR: Tensor, offsets_E: Tensor, tokens: int, like_ERN: Tensor) -> Tensor:
+    """Each expert's sum of what its token tiles, of ``tokens`` rows at most, have in float32 [tiles, N, ranks], in
+    order: the first ranks, in the shape and dtype of ``like_ERN`` [E, R, N]. Zero for an expert without rows.
+    """
+    out = torch.empty(like_ERN.shape, dtype=like_ERN.dtype, device=like_ERN.device)
+    num_experts, rank, cols = out.shape
+    sum_tiles_kernel[(ceil_div(cols, 64), num_experts)](
+        sums_CNR, offsets_E, out, N=cols, R=rank, RP=sums_CNR.shape[2], E=num_experts,
+        EP=max(16, triton.next_power_of_2(num_experts)), TOKENS=tokens, BN=64, num_warps=4,
     )  # fmt: skip
     return out

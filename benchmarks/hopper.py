@@ -1,0 +1,99 @@
+"""Time the products for Hopper one by one, as a layer asks for them: microseconds, TFLOP/s, bytes that a tile brings.
+
+    python -m benchmarks.hopper --out hopper.json
+    ncu --set full -k regex:product -s 3 -c 1 python -m benchmarks.hopper --only qwen3.8192.fp8.up --repeats 1
+
+A layer's step is run once with the products written down; then each is launched again with the operands that it had.
+``--only`` takes parts of MODEL.TOKENS.NUMERICS.SITE. ``--tokens 128``: with tiles of that many tokens.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import octavo.ops.hopper.engine as hopper
+from benchmarks.layer import engines
+from benchmarks.shapes import MODELS, TOKENS
+from octavo.bench.layer import LayerCase
+from octavo.ops.engines import Engine
+
+SITES = ("up", "down", "down_grad", "up_grad")
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def calls(case: LayerCase, engine: Engine) -> list[Call]:
+    """The products of one step, in order."""
+    product, found = hopper.product, []
+
+    def written(*args: Any, **kwargs: Any) -> None:
+        found.append((args, kwargs))
+        product(*args, **kwargs)
+
+    hopper.product = written  # type: ignore[assignment]
+    try:
+        case.step(lambda: case.octavo(engine))
+    finally:
+        hopper.product = product  # type: ignore[assignment]
+    return found
+
+
+def microseconds(launch: Callable[[], None], repeats: int) -> float:
+    """The median of single launches."""
+    launch()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        launch()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] * 1e3
+
+
+def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: argparse.Namespace) -> Iterator[dict]:
+    found = calls(case, engine)
+    chunks = len(found) // len(SITES)
+    for number, site in enumerate(SITES):
+        name = f"{case.shape.name}.{case.tokens}.{numerics}.{site}"
+        if only not in name:
+            continue
+        us = 0.0
+        for given, options in found[number * chunks : (number + 1) * chunks]:
+            options = options | ({"tokens": args.tokens} if args.tokens else {})
+            us += microseconds(lambda given=given, options=options: hopper.product(*given, **options), args.repeats)
+        given, options = found[number * chunks]
+        flops = case.shape.flops(case.tokens) / 4 * (4 / 3 if "up" in site else 2 / 3)
+        yield {
+            "product": name, "us": round(us, 1), "tflops": round(flops / us / 1e6), "chunks": chunks,
+            "tokens_of_tile": args.tokens or options["tokens"], "device": torch.cuda.get_device_name(),
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--tokens", type=int, help="of a tile, in the place of the engine's choice")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    rows = []
+    for model, shape in MODELS.items():
+        for size in TOKENS:
+            ways = [(n, engine) for n, name, engine in engines() if name != "dequant" and n != "fp8_grad"]
+            if not any(args.only in f"{model}.{size}.{n}.{site}" for n, _ in ways for site in SITES):
+                continue
+            case = LayerCase(shape, size, torch.device("cuda"))
+            for numerics, engine in ways:
+                for row in measured(case, numerics, engine, args.only, args):
+                    rows.append(row)
+                    print(f"{row['product']:32s} {row['us']:9.1f} us {row['tflops']:5d} TFLOP/s", flush=True)
+            del case
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
