@@ -18,9 +18,11 @@ from octavo.cli.main import app
 from octavo.errors import ConfigError, OctavoError
 from octavo.nn.experts import Float8Experts
 from octavo.nn.linear import Float8Linear
+from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES
 from octavo.plan.rehearsal import layer_costs, layers_of
 from octavo.plan.skeleton import Adapters, bare_model, with_adapters
-from octavo.plan.terms import Planner, Request, _state_bytes, _weights
+from octavo.plan.terms import Planner, Request, _weights, state_tensors
+from octavo.train.offloaded_optimizer import offloaded
 
 GB = 1e9
 SMALL = ["glm-tiny", "qwen-tiny"]
@@ -96,7 +98,7 @@ def test_adapters_and_optimizer_states_are_those_of_a_step(name, optimizer):
     real = sum(size(t) for held in made.state.values() for k, t in held.items() if torch.is_tensor(t) and t.numel() > 1)
     planned = Planner(folder).plan(Request(folder, Adapters(8, None), optimizer=optimizer))
     assert planned.adapters == sum(p.numel() * p.element_size() for p in parameters)
-    assert sum(_state_bytes(optimizer, tuple(p.shape), 4) for p in parameters) == planned.optimizer
+    assert sum(sum(state_tensors(optimizer, tuple(p.shape), 4)) for p in parameters) == planned.optimizer
     assert planned.optimizer == pytest.approx(real, rel=2e-3)
 
 
@@ -179,6 +181,54 @@ def test_experts_on_the_host_leave_a_ring(planner):
     assert any(change.says == "model.experts: host" and change.same_run for change in planner.changes(base))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
+def test_optimizer_states_on_the_host_pass_through_in_the_step(planner, optimizer):
+    """Every other term is as it was, and in the step itself no more is there than pieces in flight."""
+    adapters = Adapters(16, 16, targets=("attention", "experts"))
+    base = Request(planner.checkpoint, adapters, seq=8192, optimizer=optimizer)
+    plan, streamed = planner.plan(base), planner.plan(replace(base, offload_optimizer=True))
+    assert streamed.host_optimizer == plan.optimizer > 0
+    assert (streamed.host, plan.host_optimizer, streamed.optimizer) == (0, 0, 0)
+    assert streamed.moment == plan.moment != "the optimizer's step"
+    assert plan.peak - streamed.peak == plan.optimizer
+    change = next(change for change in planner.changes(base) if change.says == "train.offload_optimizer: true")
+    assert change.same_run
+    assert change.saves == plan.optimizer
+    again = planner.changes(change.request)
+    assert not any("offload_optimizer" in change.says for change in again)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_in_the_step_pieces_of_the_optimizer_states_are_there(name):
+    """Of a row so short that no layer's backward pass takes more."""
+    planner = Planner(octavo.demo.checkpoint(name))
+    request = Request(planner.checkpoint, Adapters(64, 64), seq=8, offload_optimizer=True)
+    few = planner.plan(request)
+    assert few.moment == "the optimizer's step"
+    assert few.optimizer == few.host_optimizer < IN_FLIGHT * PIECE_BYTES
+    many = planner.plan(replace(request, adapters=Adapters(256, 256)))
+    assert many.optimizer == IN_FLIGHT * PIECE_BYTES < many.host_optimizer
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_the_host_holds_is_what_a_step_leaves_there(name):
+    folder = octavo.demo.checkpoint(name)
+    model = octavo.load_model(folder)
+    tuned = peft.get_peft_model(model, octavo.lora_config(model, r=8))
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    made = offloaded(torch.optim.AdamW(parameters), "adamw")
+    made.step()
+    plan = Planner(folder).plan(Request(folder, Adapters(8, None), offload_optimizer=True))
+    assert made.host_bytes == plan.host_optimizer
+
+
+def test_an_optimizer_without_states_has_none_to_offload(planner):
+    request = Request(planner.checkpoint, NARROW, optimizer="sgd")
+    assert not any("offload_optimizer" in change.says for change in planner.changes(request))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_what_a_ring_takes_is_what_it_allocates(name):
     folder = octavo.demo.checkpoint(name)
@@ -230,6 +280,13 @@ def test_the_command_says_what_fits_and_what_would(tmp_path):
     small = CliRunner().invoke(app, [*arguments, *narrow, "--experts", "host", "--gpu", "24GB"]).stdout
     for said in ("fits in 24 GB", "pinned host memory", "buffers for layers"):
         assert said in small
+    wide = json.loads(CliRunner().invoke(app, [*arguments, "--offload-optimizer", "--json"]).stdout)
+    assert wide["host_gb"] == wide["host_terms_gb"]["optimizer"] > 3
+    assert wide["terms_gb"]["optimizer"] < 0.2
+    both = CliRunner().invoke(app, [*arguments, "--offload-optimizer", "--experts", "host"], env={"COLUMNS": "120"})
+    assert "GB of experts and 3.52 GB of optimizer states are in pinned host memory" in both.stdout
+    refused = CliRunner().invoke(app, [*arguments, "--offload-optimizer", "--optimizer", "sgd"])
+    assert refused.exit_code == 1
     text = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}).stdout
     assert "buffers for layers" not in text
     assert "does not fit in 40 GB" in text

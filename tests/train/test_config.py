@@ -62,6 +62,11 @@ def test_an_unknown_key_is_refused_by_name_with_a_suggestion(changes, key, sugge
         ({"train": {"early_stopping": 2, "eval_every": 2, "save_every": 3}}, "multiple of `eval_every`"),
         ({"lora": {"dtype": "bfloat16"}}, "`lora.dtype: bfloat16` with `train.optimizer: adamw` would round away"),
         ({"train": {"offload_hidden_states": True, "gradient_checkpointing": "none"}}, "moves what gradient"),
+        (
+            {"train": {"offload_optimizer": True, "optimizer": "sgd"}},
+            "`offload_optimizer` moves the optimizer's states",
+        ),
+        ({"train": {"optimizer_cpu_offload": True}}, "did you mean `train.offload_optimizer`"),
         ({"model": {"path": "x", "attention": "flash"}}, "`model.attention` is 'flash'"),
         ({"out": None}, "`out` is None"),
     ],

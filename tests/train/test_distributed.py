@@ -67,13 +67,15 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(tmp_path, che
     assert json.loads((tmp_path / "two" / "versions.json").read_text())["processes"] == 2
 
 
-def test_two_ranks_train_the_real_fp8_model(tmp_path):
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "optimizer on host"])
+def test_two_ranks_train_the_real_fp8_model(tmp_path, offload):
     model = octavo.demo.checkpoint("glm-tiny")
     for name, size in (("one", 4), ("two", 2)):
         config = tree(model, octavo.demo.data("train"), tmp_path / name, batch_size=size, steps=3, lr=1e-3)
         if name == "one":
             train(**config)
         else:
+            config["train"]["offload_optimizer"] = offload
             file = write_config(tmp_path / "sft.yaml", config)
             done = subprocess.run(
                 command("torchrun", file), env=environment(), capture_output=True, text=True, timeout=300

@@ -52,6 +52,19 @@ def test_a_row_has_every_figure(folder, numerics, expert_rank):
     assert (found["plan_gb"] is not None) == (numerics == "exact" and expert_rank == 4)
 
 
+def test_an_offloaded_optimizer_trains_the_same(folder):
+    row = Row(str(folder), "tiny", seq=48, attention_rank=4, expert_rank=4, steps=3)
+    found = []
+    for offload in (False, True):
+        # Adapters are drawn.
+        torch.manual_seed(0)
+        found.append(measure(replace(row, offload_optimizer=offload)))
+    resident, streamed = found
+    assert streamed["offload_optimizer"]
+    assert streamed["last_loss"] == resident["last_loss"] != resident["first_loss"]
+    assert streamed["plan_gb"] < resident["plan_gb"]
+
+
 def test_both_ways_train_the_same_factors(folder):
     """The baseline is the same model with the same adapters, or its speed would say nothing."""
     from octavo.trial.step import _adapted, _load, _plain, device

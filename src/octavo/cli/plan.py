@@ -30,6 +30,7 @@ _WHAT = {
     "loss": "loss",
     "allocator": "allocator's slack",
 }
+_ON_HOST = {"experts": "experts", "optimizer": "optimizer states"}
 
 
 class Optimizer(StrEnum):
@@ -83,6 +84,7 @@ def plan(
     ] = Experts.RESIDENT,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = True,
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
+    offload_optimizer: Annotated[bool, typer.Option(help="Keep optimizer states in host memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Memory of a run by term, in decimal GB, whether it fits a GPU, and what to change. Reads no weights."""
@@ -93,6 +95,8 @@ def plan(
         raise ConfigError(
             "--activations fp8 shrinks what is kept with --no-checkpointing alone; give both, or neither."
         )
+    if offload_optimizer and optimizer == Optimizer.SGD:
+        raise ConfigError("--offload-optimizer moves the optimizer's states, and sgd keeps none; leave it out.")
     # Imported late: help and a wrong call should not wait for torch.
     import torch
 
@@ -116,6 +120,7 @@ def plan(
         experts=experts.value,
         checkpointing=checkpointing,
         offload_hidden_states=offload_hidden_states,
+        offload_optimizer=offload_optimizer,
     )
     planner = Planner(checkpoint)
     found = planner.plan(request)
@@ -127,7 +132,8 @@ def plan(
         "loaded_gb": found.loaded / GB,
         "peak_gb": found.peak / GB,
         "peak_allocated_gb": found.allocated / GB,
-        "host_gb": found.host / GB,
+        "host_gb": (found.host + found.host_optimizer) / GB,
+        "host_terms_gb": {"experts": found.host / GB, "optimizer": found.host_optimizer / GB},
         "moment": found.moment,
         "context_gb": CONTEXT / GB,
         "gpu_gb": None if limit is None else limit / GB,
@@ -171,8 +177,10 @@ def to_table(result: dict[str, Any]) -> Group:
     table.add_section()
     table.add_row("peak", f"{result['peak_gb']:.2f}")
     lines = [f"Highest in {result['moment']}; {result['loaded_gb']:.2f} GB once loaded."]
-    if result["host_gb"]:
-        lines.append(f"{result['host_gb']:.2f} GB of experts are in pinned host memory.")
+    hosted = {_ON_HOST[name]: value for name, value in result["host_terms_gb"].items() if value}
+    if hosted:
+        what = " and ".join(f"{value:.2f} GB of {name}" for name, value in hosted.items())
+        lines.append(f"{what} are in pinned host memory.")
     if result["gpu_gb"] is not None:
         verdict = "fits" if result["fits"] else "does not fit"
         lines.append(

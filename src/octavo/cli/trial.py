@@ -22,6 +22,7 @@ def trial(
     adapter_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit or sgd.")] = "adamw",
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
+    offload_optimizer: Annotated[bool, typer.Option(help="Keep optimizer states in host memory.")] = False,
     experts: Annotated[str, typer.Option(help="resident, or host: streamed from host memory by layer.")] = "resident",
     cap: Annotated[float | None, typer.Option(min=1, help="Decimal GB that torch may have of the GPU.")] = None,
     compile_layers: Annotated[
@@ -60,6 +61,7 @@ def trial(
             adapter_dtype=adapter_dtype,  # type: ignore[arg-type]
             optimizer=optimizer,  # type: ignore[arg-type]
             offload_hidden_states=offload_hidden_states,
+            offload_optimizer=offload_optimizer,
             experts="resident" if mode == "bf16" else experts,  # type: ignore[arg-type]
             cap_gb=cap,
             compile=compile_layers,

@@ -162,7 +162,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         codes = [sum(source.weight.nbytes for source in target.sources) for target in targets]
         # Scales are kept in float32, whatever the file has them in.
         scales = [sum(4 * math.prod(source.scale.shape) for source in target.sources) for target in targets]
-        return HostMemory(delivery.device, [*codes, *scales])
+        return HostMemory(
+            delivery.device,
+            [*codes, *scales],
+            asked="experts='host'",
+            contents="the experts' codes",
+            otherwise="load the model with experts='resident'",
+        )
 
     def _memory(self, target: StackedTarget, device: torch.device) -> Tensor:
         if self._host is None or target.name not in self._on_host:

@@ -1,4 +1,4 @@
-"""Memory of the host for stacks of experts: pinned where a GPU copies from it, in blocks that waste little of it."""
+"""Memory of the host for what a GPU copies from and to: pinned for one, in blocks that waste little of it."""
 
 import math
 from collections.abc import Iterable
@@ -15,12 +15,15 @@ _ALIGNMENT = 4096
 
 
 class HostMemory:
-    """Memory for tensors of ``sizes`` bytes that layers on ``device`` will read; pinned when that is a GPU.
+    """Memory for tensors of ``sizes`` bytes that are copied to ``device``; pinned when that is a GPU.
 
-    Raises :class:`octavo.errors.EngineError` when the host has not got it.
+    ``asked`` names the setting that needs it, ``contents`` what it holds and ``otherwise`` the way out, for the
+    :class:`octavo.errors.EngineError` when the host has not got it.
     """
 
-    def __init__(self, device: torch.device, sizes: Iterable[int]) -> None:
+    def __init__(
+        self, device: torch.device, sizes: Iterable[int], *, asked: str, contents: str, otherwise: str
+    ) -> None:
         nbytes = sum(_aligned(size) for size in sizes)
         self._pinned = device.type == "cuda"
         self._left = nbytes
@@ -30,8 +33,8 @@ class HostMemory:
         available = available_bytes()
         if available is not None and nbytes > available:
             raise EngineError(
-                f"experts='host' needs {nbytes / 1e9:.1f} GB of host memory for the experts' codes, and "
-                f"{available / 1e9:.1f} GB are available. Free some, or load the model with experts='resident'."
+                f"{asked} needs {nbytes / 1e9:.1f} GB of host memory for {contents}, and {available / 1e9:.1f} GB are "
+                f"available. Free some, or {otherwise}."
             )
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from octavo.integrations.targets import find_weights
 from octavo.nn.experts import Float8Experts, OctavoExperts
 from octavo.nn.linear import Float8Linear
 from octavo.ops.kept import Activations
+from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES
 from octavo.ops.ring import SLOTS
 from octavo.plan.rehearsal import LayerCost, layer_costs, layers_of
 from octavo.plan.skeleton import Adapters, bare_model, nbytes, trainable, with_adapters
@@ -30,6 +31,9 @@ _SLACK = 0.03
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256
 # One-hot routing of the balancing loss: int64, its mask in int64, two products in float32.
 _AUX_BYTES = 24
+
+# Of a plan, beside its terms.
+_NO_TERMS = ("moment", "host", "host_optimizer")
 
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
 
@@ -48,13 +52,14 @@ class Request:
     experts: Residence = "resident"
     checkpointing: bool = True
     offload_hidden_states: bool = False
+    offload_optimizer: bool = False
     router_aux_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes of the GPU by term at the peak of a step; ``moment`` says when that is. ``ring``: buffers for layers of
-    experts that are kept in host memory, ``host`` bytes of it.
+    experts that are kept in host memory, ``host`` bytes of it; ``host_optimizer``: bytes of it for optimizer states.
     """
 
     codes: int
@@ -70,6 +75,7 @@ class Plan:
     allocator: int
     moment: str
     host: int = 0
+    host_optimizer: int = 0
 
     @property
     def loaded(self) -> int:
@@ -89,7 +95,7 @@ class Plan:
     @property
     def terms(self) -> dict[str, int]:
         """Bytes by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("moment", "host")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NO_TERMS}
 
 
 @dataclass(frozen=True)
@@ -133,10 +139,16 @@ class Planner:
         hidden = tokens * config.hidden_size * 2
         numel = [_numel(shape) for shape in shapes]
         gradients, adapters = sum(numel) * size, sum(numel) * size
-        optimizer = sum(_state_bytes(request.optimizer, shape, size) for shape in shapes)
+        states = [sum(state_tensors(request.optimizer, shape, size)) for shape in shapes]
+        optimizer = sum(states)
+        # Those on the host pass through in the step, and are not there before.
+        stays, passes, host_optimizer = optimizer, 0, 0
+        if request.offload_optimizer:
+            stays, passes, host_optimizer = 0, min(optimizer, IN_FLIGHT * max([PIECE_BYTES, *states])), optimizer
         loss, kept_for_loss = _loss_bytes(request, config, tokens)
         kept = _kept(request, costs, hidden)
-        moments = {"the loss": (sum(kept) + kept_for_loss, 0 if request.grad_accumulation == 1 else gradients, 0, loss)}
+        first = 0 if request.grad_accumulation == 1 else gradients
+        moments = {"the loss": (sum(kept) + kept_for_loss, first, 0, loss, 0)}
         # Backward from the last layer to the first: less and less is kept, more and more gradients are there.
         done = 0
         for index in reversed(range(len(costs))):
@@ -147,12 +159,14 @@ class Planner:
                 there,
                 costs[index].transient if request.checkpointing else costs[index].transient - costs[index].kept,
                 0,
+                0,
             )
-        moments["the optimizer's step"] = (0, gradients, 0, 0)
-        moment, (held, grads, transient, loss) = max(moments.items(), key=lambda item: sum(item[1]))
-        slack = round(_SLACK * (held + grads + transient + loss))
+        moments["the optimizer's step"] = (0, gradients, 0, 0, passes)
+        moment, (held, grads, transient, loss, passing) = max(moments.items(), key=lambda item: sum(item[1]))
+        slack = round(_SLACK * (held + grads + transient + loss + passing))
         return Plan(
-            codes, scales, plain, ring, adapters, optimizer, grads, held, max(0, transient), loss, slack, moment, host
+            codes, scales, plain, ring, adapters, stays + passing, grads, held, max(0, transient), loss, slack, moment,
+            host, host_optimizer,
         )  # fmt: skip
 
     def changes(self, request: Request) -> list[Change]:
@@ -224,20 +238,17 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _state_bytes(optimizer: Optimizer, shape: tuple[int, ...], size: int) -> int:
-    """Of one parameter with elements of ``size`` bytes."""
+def state_tensors(optimizer: Optimizer, shape: tuple[int, ...], size: int) -> list[int]:
+    """Bytes of each tensor of states of one parameter with elements of ``size`` bytes; numbers are not counted."""
     numel = _numel(shape)
-    if optimizer == "adamw":
-        return 2 * numel * size
-    if optimizer == "adafactor":
-        factored = sum(numel // extent for extent in shape[-2:]) if len(shape) >= 2 else numel
-        return 4 * factored
     if optimizer == "sgd":
-        return 0
-    if numel < _MIN_8BIT or numel % _BLOCK_8BIT:
-        return 2 * numel * size
+        return []
+    if optimizer == "adafactor":
+        return [4 * numel // extent for extent in shape[-2:]] if len(shape) >= 2 else [4 * numel]
+    if optimizer == "adamw" or numel < _MIN_8BIT or numel % _BLOCK_8BIT:
+        return 2 * [numel * size]
     # A byte each, a float32 scale per block, and a table of 256 values.
-    return 2 * (numel + 4 * numel // _BLOCK_8BIT + 4 * 256)
+    return 2 * [numel, 4 * numel // _BLOCK_8BIT, 4 * 256]
 
 
 def _loss_bytes(request: Request, config: PretrainedConfig, tokens: int) -> tuple[int, int]:
@@ -286,6 +297,8 @@ def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, b
         offer("model.experts: host", same_run=True, experts="host")
     if request.checkpointing and not request.offload_hidden_states:
         offer("train.offload_hidden_states: true", same_run=True, offload_hidden_states=True)
+    if not request.offload_optimizer and request.optimizer != "sgd":
+        offer("train.offload_optimizer: true", same_run=True, offload_optimizer=True)
     if request.optimizer != "adamw_8bit" or adapters.dtype != torch.bfloat16:
         offer(
             "train.optimizer: adamw_8bit and lora.dtype: bfloat16",

@@ -37,6 +37,8 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "torch_compile": ("train.compile",),
     "cuda_graphs": ("train.graphs",),
     "activation_offloading": ("train.offload_hidden_states",),
+    "optimizer_cpu_offload": ("train.offload_optimizer",),
+    "offload_optimizer_device": ("train.offload_optimizer",),
     "autocast_adapter_dtype": ("lora.dtype",),
     "save_steps": ("train.save_every",),
     "eval_steps": ("train.eval_every",),
@@ -162,6 +164,10 @@ class OptimizationSection(Section):
     offload_hidden_states: bool = Field(
         False, description="Keep what gradient checkpointing keeps, a hidden state per layer, in pinned host memory."
     )
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep the optimizer's states in pinned host memory and stream them through the GPU at a step.",
+    )
     precision: Literal["bf16", "float32"] = Field("bf16", description="Autocast to bfloat16, or no autocast.")
     logging_steps: int = Field(1, ge=1, description="Steps between two lines of metrics.jsonl.")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; one at the end unless given.")
@@ -185,6 +191,12 @@ class OptimizationSection(Section):
                 "`offload_hidden_states` moves what gradient checkpointing keeps, and `gradient_checkpointing` is "
                 "`none`; set it to `non_reentrant`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_optimizer_has_states(self) -> Self:
+        if self.offload_optimizer and self.optimizer == "sgd":
+            raise ValueError("`offload_optimizer` moves the optimizer's states, and `sgd` keeps none; leave it out")
         return self
 
 

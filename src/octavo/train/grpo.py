@@ -70,6 +70,7 @@ class GrpoRun(BaseRun):
             make_sampler=None if config.rollout.server is None else self._make_server,
             callbacks=self._callbacks(),
             stop_on_nan=config.train.stop_on_nan,
+            offload_optimizer=config.train.optimizer if config.train.offload_optimizer else None,
         )
         preview = Preview(self._console)
         preview.model(self.trainer.model)

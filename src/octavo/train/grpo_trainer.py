@@ -17,9 +17,11 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from octavo.plan.terms import Optimizer
 from octavo.train.agreement import AgreementMeter
 from octavo.train.completions import CompletionsFile
 from octavo.train.grpo_config import RolloutSection
+from octavo.train.offloaded_optimizer import OffloadsOptimizer
 from octavo.train.prompts import Prompts, prompt_ids
 from octavo.train.rewards import Reward
 from octavo.train.rollout.own import ModelSampler
@@ -30,7 +32,7 @@ from octavo.train.watched import Watched
 _ROUTED = "routed_BSLK"
 
 
-class GrpoTrainer(Watched, trl.GRPOTrainer):  # type: ignore[misc]  # trl is untyped
+class GrpoTrainer(Watched, OffloadsOptimizer, trl.GRPOTrainer):  # type: ignore[misc]  # trl is untyped
     """A `trl.GRPOTrainer` whose completions come from a `Sampler`; see the module's docstring."""
 
     def __init__(
@@ -47,8 +49,11 @@ class GrpoTrainer(Watched, trl.GRPOTrainer):  # type: ignore[misc]  # trl is unt
         make_sampler: Callable[["GrpoTrainer"], Sampler] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         stop_on_nan: bool = True,
+        offload_optimizer: Optimizer | None = None,
     ) -> None:
-        """``make_sampler``: who samples, made once the trainer is; the model itself unless given."""
+        """``make_sampler``: who samples, made once the trainer is; the model itself unless given.
+        ``offload_optimizer``: the ``train.optimizer`` whose states are kept in host memory, if they are.
+        """
         super().__init__(
             model=model,
             args=args,
@@ -59,6 +64,8 @@ class GrpoTrainer(Watched, trl.GRPOTrainer):  # type: ignore[misc]  # trl is unt
             callbacks=list(callbacks),
             rollout_func=_roll_out,
         )
+        if offload_optimizer is not None:
+            self.offload_optimizer(offload_optimizer)
         self.watch(stop_on_nan=stop_on_nan)
         self._completions = completions
         self._agreement = AgreementMeter(stop_mean=rollout.stop_mean, stop_worst=rollout.stop_worst)

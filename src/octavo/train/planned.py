@@ -29,6 +29,7 @@ def planned(config: SftConfig) -> Plan:
         experts=config.model.experts,
         checkpointing=train.gradient_checkpointing != "none",
         offload_hidden_states=train.offload_hidden_states,
+        offload_optimizer=train.offload_optimizer,
         router_aux_loss=train.router_aux_loss,
     )
     return Planner(config.model.path).plan(request)

@@ -68,6 +68,7 @@ class Run(BaseRun):
             stop_on_nan=config.train.stop_on_nan,
             adapter_dtype=getattr(torch, config.lora.dtype),
             offload_hidden_states=config.train.offload_hidden_states,
+            offload_optimizer=config.train.optimizer if config.train.offload_optimizer else None,
             compile_layers=args.device.type == "cuda" if config.train.compile == "auto" else config.train.compile,
             graph_layers=_replays(config, args),
         )

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import octavo
 from octavo.errors import ConfigError
+from octavo.plan.terms import Optimizer
 from octavo.train.data import Examples
 from octavo.train.example import IGNORED
 from octavo.train.offload import HiddenStatesOnHost
+from octavo.train.offloaded_optimizer import OffloadsOptimizer
 from octavo.train.watched import TrainingError, Watched
 
 __all__ = ["Preparation", "SftTrainer", "TrainingError"]
@@ -43,7 +45,7 @@ class Preparation:
         return text + (f", {self.dropped} of them dropped: nothing that counts was left" if self.dropped else "")
 
 
-class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
+class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """A `trl.SFTTrainer` on checked examples, with a `Meter` in its log."""
 
     def __init__(
@@ -59,9 +61,11 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         stop_on_nan: bool = True,
         adapter_dtype: torch.dtype = torch.float32,
         offload_hidden_states: bool = False,
+        offload_optimizer: Optimizer | None = None,
         compile_layers: bool = False,
         graph_layers: bool = False,
     ) -> None:
+        """``offload_optimizer``: the ``train.optimizer`` whose states are kept in host memory, if they are."""
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
         super().__init__(
@@ -82,6 +86,8 @@ class SftTrainer(Watched, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyp
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)
+        if offload_optimizer is not None:
+            self.offload_optimizer(offload_optimizer)
         self.watch(stop_on_nan=stop_on_nan)
 
     def _prepare_dataset(

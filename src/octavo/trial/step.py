@@ -32,6 +32,7 @@ from octavo.integrations.quantizer import Residence
 from octavo.plan.skeleton import Adapters
 from octavo.plan.terms import Optimizer, Planner, Request
 from octavo.train.offload import HiddenStatesOnHost
+from octavo.train.offloaded_optimizer import offloaded
 from octavo.trial.profile import profiled
 
 GB = 1e9
@@ -57,6 +58,7 @@ class Row:
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer: Optimizer = "adamw"
     offload_hidden_states: bool = False
+    offload_optimizer: bool = False
     experts: Residence = "resident"
     cap_gb: float | None = None
     compile: bool = True
@@ -71,7 +73,8 @@ class Row:
         experts = f"+experts r={self.expert_rank}" if self.expert_rank else ""
         return (
             f"{self.model} {self.numerics} {self.batch}x{self.seq} attention r={self.attention_rank}{experts} "
-            f"{self.adapter_dtype} {self.optimizer}{' offloaded' if self.offload_hidden_states else ''}"
+            f"{self.adapter_dtype} {self.optimizer}{' on host' if self.offload_optimizer else ''}"
+            f"{' offloaded' if self.offload_hidden_states else ''}"
             f"{' experts on host' if self.experts == 'host' else ''}{f' in {self.cap_gb:g} GB' if self.cap_gb else ''}"
         )
 
@@ -137,6 +140,8 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
     if recorded:
         octavo.graph_layers(tuned)
     optimizer = _optimizer(row, [p for p in tuned.parameters() if p.requires_grad])
+    if row.offload_optimizer:
+        optimizer = offloaded(optimizer, row.optimizer)
     offload = HiddenStatesOnHost(tuned.parameters(), where) if row.offload_hidden_states else None
     generator = torch.Generator(where).manual_seed(0)
     losses: list[torch.Tensor] = []
@@ -178,6 +183,7 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
         "optimizer": row.optimizer,
         "adapter_dtype": row.adapter_dtype,
         "offload_hidden_states": row.offload_hidden_states,
+        "offload_optimizer": row.offload_optimizer,
         "compile": compiled,
         "graphs": None if graphs is None else str(graphs),
         "tokens_per_s": row.batch * row.seq / typical,
@@ -289,6 +295,7 @@ def _plan(row: Row) -> int:
         seq=row.seq,
         optimizer=row.optimizer,
         offload_hidden_states=row.offload_hidden_states,
+        offload_optimizer=row.offload_optimizer,
         experts=row.experts,
     )
     return Planner(row.checkpoint).plan(request).peak
