@@ -41,11 +41,13 @@ struct Thread {
     std::unique_ptr<u8[]> stack;
     int index;
     bool done;
-    // waits while (*at & mask) == value
+    // waits while (*at & mask) == value, or with mask 0 while *at < value
     const u64* at;
     u64 mask, value;
-    int multiplications;   // posted so far
+    u64 multiplications;          // posted so far
+    std::deque<u64> committed;    // where each group ends that it has not waited for
     bool fenced;
+    bool waits() const { return at && (mask ? (*at & mask) == value : *at < value); }
 };
 
 static Thread threads[THREADS];
@@ -61,7 +63,7 @@ static char problem[256];
 }
 static void wait_while(const u64* at, u64 mask, u64 value) {
     self->at = at, self->mask = mask, self->value = value;
-    while ((*at & mask) == value) swapcontext(&self->context, &scheduler);
+    while (self->waits()) swapcontext(&self->context, &scheduler);
     self->at = nullptr;
 }
 
@@ -127,6 +129,10 @@ static void lds64(u32 a, u32& x, u32& y) { u64 v = load_shared<u64>(a); x = (u32
 static u64 lds_address(u32 a) { return load_shared<u64>(a); }
 static float ldsf(u32 a) { return load_shared<float>(a); }
 static void lds_float2(u32 a, float& x, float& y) { shared_at(a, 8); x = ldsf(a), y = ldsf(a + 4); }
+static void lds_float4(u32 a, float (&x)[4]) {
+    shared_at(a, 16);
+    for (int i = 0; i < 4; ++i) x[i] = ldsf(a + 4 * i);
+}
 static void sts32(u32 a, u32 v) { store_shared(a, v); }
 static void sts16(u32 a, u16 v) { store_shared(a, v); }
 static void stsf(u32 a, float v) { store_shared(a, v); }
@@ -348,17 +354,15 @@ struct Multiplication {
 
 struct Pipe {
     std::deque<Multiplication> waiting;   // from number `first`
-    int first = 0;
-    std::deque<int> groups;   // where each ends
-    Meeting meeting;
+    u64 first = 0, posted = 0;            // done so far, and posted by all threads
 };
 static Pipe pipes[THREADS / WARPGROUP];
 
 static void post(bool narrow, bool turned, bool registers, float* sums, const u32* words, u64 left, u64 right, int keep) {
     if (!self->fenced) fail("a multiplication without a fence before it");
     Pipe& pipe = pipes[self->index / WARPGROUP];
-    int number = self->multiplications++;
-    while (pipe.first + (int)pipe.waiting.size() <= number) pipe.waiting.emplace_back();
+    u64 number = self->multiplications++;
+    while (pipe.first + pipe.waiting.size() <= number) pipe.waiting.emplace_back();
     Multiplication& m = pipe.waiting[number - pipe.first];
     int t = self->index % WARPGROUP;
     if (m.posted && (m.left != left || m.right != right || m.narrow != narrow || m.turned != turned || m.keep != keep))
@@ -366,27 +370,23 @@ static void post(bool narrow, bool turned, bool registers, float* sums, const u3
     m.narrow = narrow, m.turned = turned, m.registers = registers, m.left = left, m.right = right, m.keep = keep;
     m.sums[t] = sums;
     if (words) memcpy(m.words[t], words, sizeof m.words[t]);
-    ++m.posted;
+    if (++m.posted == WARPGROUP) ++pipe.posted;
 }
 static void mma_fence() { self->fenced = true; }
 static void settle(u32 (&)[4]) {}
-static void mma_commit() {
-    Pipe& pipe = pipes[self->index / WARPGROUP];
-    if (self->index % WARPGROUP == WARPGROUP - 1) pipe.groups.push_back(self->multiplications);
-}
+static void mma_commit() { self->committed.push_back(self->multiplications); }
 template <int LEFT> void mma_wait() {
     Pipe& pipe = pipes[self->index / WARPGROUP];
-    pipe.meeting.meet(WARPGROUP, [&] {
-        while ((int)pipe.groups.size() > LEFT) {
-            for (; pipe.first < pipe.groups.front(); ++pipe.first) {
-                if (pipe.waiting.front().posted != WARPGROUP) fail("threads of a warpgroup multiply unequally often");
-                pipe.waiting.front().run();
-                pipe.waiting.pop_front();
-            }
-            pipe.groups.pop_front();
-        }
-    });
     self->fenced = false;
+    if (self->committed.size() <= LEFT) return;
+    u64 until = self->committed[self->committed.size() - LEFT - 1];
+    self->committed.erase(self->committed.begin(), self->committed.end() - LEFT);
+    // the other threads need not wait for it yet
+    wait_while(&pipe.posted, 0, until);
+    for (; pipe.first < until; ++pipe.first) {
+        pipe.waiting.front().run();
+        pipe.waiting.pop_front();
+    }
 }
 struct MMA {
     typedef float Sums[BN / 2];
@@ -425,14 +425,17 @@ static bool run_block() {
         t.context.uc_stack.ss_size = STACK;
         t.context.uc_link = nullptr;
         t.index = i, t.done = false, t.at = nullptr, t.multiplications = 0, t.fenced = false;
+        t.committed.clear();
         makecontext(&t.context, enter, 0);
     }
     for (;;) {
         bool ran = false, left = false;
-        for (Thread& t : threads) {
+        for (int i = 0; i < THREADS; ++i) {
+            // other blocks, another order
+            Thread& t = threads[blockIdx.x % 2 ? THREADS - 1 - i : i];
             if (t.done) continue;
             left = true;
-            if (t.at && (*t.at & t.mask) == t.value) continue;
+            if (t.waits()) continue;
             ran = true;
             self = &t;
             swapcontext(&scheduler, &t.context);

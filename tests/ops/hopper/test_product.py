@@ -146,6 +146,15 @@ def test_ranks(launched: list[Mode], rank: int, rounded: bool) -> None:
     close(out, case.expected(), ROUNDED)
 
 
+@pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
+def test_slabs_of_an_odd_number(launched: list[Mode], flip: bool) -> None:
+    """A tile begins while some threads still add the last slab of the tile before."""
+    case = Case(RAGGED, 384, 384, BLOCK, flip=flip, rounded=True, rank=0)
+    out = case.empty(case.features)
+    product(case.operand, case.weight, case.offsets_E, out, flip=flip, tokens=64)
+    close(out, case.expected(), ROUNDED)
+
+
 @pytest.mark.parametrize("rows_of", [(1,), (0, 0, 0), (300,), (0, 257, 0, 0), tuple([3] * 70)], ids=str)
 def test_experts(launched: list[Mode], rows_of: tuple[int, ...]) -> None:
     """One, none with rows, one with all rows, and more than a warp has lanes."""

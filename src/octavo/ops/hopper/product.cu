@@ -41,7 +41,10 @@ constexpr int TABLE_BYTES = 1024;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + TABLE_BYTES;
 constexpr int MAX_EXPERTS = 1024;
 constexpr int SHARED_BYTES = 232448;  // what a block may have
-constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? 8 * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2);
+// SLAB: each consumer's products of a token's and the weight's scale, of two steps (SWIGLU: of gates and of ups)
+constexpr int FACTORS = SCALE == SLAB ? (STAGE == SWIGLU ? 2 : 1) * BN : 0;
+constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? 8 * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2) +
+                            4 * FACTORS * 4 + 16;
 constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
 constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
 constexpr bool DUAL = STAGE == SWIGLU;
@@ -432,6 +435,7 @@ struct Ring {
     u32 stages, full, empty;
     int slot;
     u32 phase;
+    u32 turn;   // of a consumer's factors, which outlive a tile
     __device__ __forceinline__ u32 wait() {
         barrier_wait(full + slot * 8, phase);
         fence_async();   // rows came by ordinary copies, and the tensor cores read them
@@ -616,12 +620,20 @@ struct Work {
         }
     }
 
-    // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32
-    __device__ __forceinline__ void slab_step(u32 base, int group, int warp, int lane) {
-        int q = lane & 3;
-        u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES, scales = table + 8 * q;
+    // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32. A column's factor,
+    // its token's scale times the weight's, is multiplied once for all threads.
+    __device__ __forceinline__ void slab_step(u32 base, int group, int warp, int lane, u32 factors) {
+        int q = lane & 3, token = warp * 32 + lane;
+        u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES;
         u32 a = descriptor(base + group * 16384);
         u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+        if (token < BN) {
+            // the four that a thread needs of sixteen tokens, 2q, 2q + 1 and 8 more, lie together
+            u32 to = factors + ((token >> 4) * 16 + (token & 6) * 2 + ((token >> 3) & 1) * 2 + (token & 1)) * 4;
+            float scale = ldsf(table + token * 4);
+            stsf(to, scale * ldsf(table + SLAB_WEIGHTS + (DUAL ? 0 : group) * 4));
+            if (DUAL) stsf(to + BN * 4, scale * ldsf(table + SLAB_WEIGHTS + 4));
+        }
         // FLIP: operands of two multiplications in flight, and the words of the next
         u32 hold[3][4];
         auto fetch = [&](int tile, int k) {
@@ -651,15 +663,17 @@ struct Work {
                 }
             }
             mma_commit();
-            float weight = ldsf(table + SLAB_WEIGHTS + (DUAL ? tile : group) * 4), s[4][2];
-#pragma unroll
-            for (int j = 0; j < 3; ++j) lds_float2(scales + 32 * j, s[j][0], s[j][1]);
+            // the tensor cores are busy, and every thread's factors were written before
+            if (tile == 0) named_sync(2 + group, 128);
+            u32 from = factors + (DUAL ? tile * BN : 0) * 4 + q * 16;
+            float s[2][4];
+            lds_float4(from, s[0]);
             mma_wait<0>();
             if (FLIP && tile == 0) fetch(1, 0);
 #pragma unroll
             for (int j = 0; j < BN / 8; ++j) {
-                if (j + 3 < BN / 8) lds_float2(scales + 32 * (j + 3), s[(j + 3) & 3][0], s[(j + 3) & 3][1]);
-                float s0 = s[j & 3][0] * weight, s1 = s[j & 3][1] * weight;
+                if ((j & 1) == 0 && j + 2 < BN / 8) lds_float4(from + (j / 2 + 1) * 64, s[(j / 2 + 1) & 1]);
+                float s0 = s[(j / 2) & 1][(j & 1) * 2], s1 = s[(j / 2) & 1][(j & 1) * 2 + 1];
                 acc[tile][4 * j] = fmaf(part[4 * j], s0, acc[tile][4 * j]);
                 acc[tile][4 * j + 1] = fmaf(part[4 * j + 1], s1, acc[tile][4 * j + 1]);
                 acc[tile][4 * j + 2] = fmaf(part[4 * j + 2], s0, acc[tile][4 * j + 2]);
@@ -669,7 +683,7 @@ struct Work {
     }
 
     __device__ __forceinline__ void run(
-        const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, float* shares
+        const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, float* shares, u32 factors
     ) {
         int g = lane >> 2, q = lane & 3;
         // the first of this thread's features in product 0
@@ -696,7 +710,7 @@ struct Work {
             // a slot whose table is needed after the sum is freed then
             if (BANK) bank_step(base, group, lane, ring, previous);
             else if (WIDE) wide_step(base, group, warp, lane);
-            else if (SCALE == SLAB) slab_step(base, group, warp, lane);
+            else if (SCALE == SLAB) slab_step(base, group, warp, lane, factors + (ring.turn ^= FACTORS * 4));
             else narrow_step(base, group, warp, lane, ring, previous);
             previous = ring.next();
             if (DRAINS && (WIDE || SCALE == SLAB || step + 1 < main_steps)) ring.free(previous, lane);
@@ -916,6 +930,7 @@ struct Work {
 
 extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_constant__ Params p) {
     // [stages, from a multiple of 1024][barriers][rows of the producer's tile][shares][experts' tiles and offsets]
+    // [factors]
     extern __shared__ u8 raw[];
     u8* shared = raw + (-smem_address(raw) & 1023);
     u64* barriers = (u64*)(shared + STAGES * STAGE_BYTES);
@@ -924,6 +939,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     float* shares = (float*)(source + BN);
     int* before = (int*)(shares + (STAGE == GRADIENT ? 8 * BN : 0));
     int* offsets = before + p.E + 1;   // E + 1
+    u32 factors = (smem_address(offsets + p.E + 1) + 15) & ~15u;
     int thread = threadIdx.x, lane = thread & 31;
     u32 full = smem_address(barriers), empty = full + STAGES * 8;
     if (thread < 32) {
@@ -963,12 +979,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     } else {
         consumer_registers();
         int group = (thread >> 7) - 1, warp = (thread >> 5) & 3;
-        Ring ring{stages, full, empty, 0, 0};
+        Ring ring{stages, full, empty, 0, 0, 0};
         int total = schedule.total();
         for (int id = blockIdx.x; id < total; id += gridDim.x) {
             Tile t = schedule.at(id);
             Work work;
-            work.run(p, t, ring, group, warp, lane, shares);
+            work.run(p, t, ring, group, warp, lane, shares, factors + group * (2 * FACTORS * 4));
         }
     }
 }
