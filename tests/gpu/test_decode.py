@@ -138,7 +138,7 @@ class TestOnTheGpu:
             scales[unused] = float("nan")
             side = case.side(name, Float8Weight(weight.codes, scales, weight.block))
             sides.append(type(side)(side.spec, *moved(side.tensors)))
-        layer = experts_layer(DEVICE, DTYPE, tuple((s.spec, s.weight.shape) for s in sides), bias=False)
+        layer = experts_layer(DEVICE, DTYPE, tuple((s.spec, s.weight) for s in sides), bias=False)
         assert decode_limit(DEVICE) * experts >= index.numel()
         engine = select("auto", "exact", layer, index.numel() / experts)
         there = index.to(DEVICE)

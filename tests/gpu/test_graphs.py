@@ -54,13 +54,9 @@ def test_losses_and_gradients_are_those_of_checkpointing(name: str) -> None:
         assert_equal(one, other)
     state = graphs_state(model)
     assert state is not None
-    # unquantized experts read offsets on the host for the gradients of LoRA; the layers after them go on
-    waiting = {"glm-tiny": 4, "qwen-tiny": 0}[name]
-    refused = {reason: count for reason, count in state.unrecorded.items() if reason != graphs._EARLY}
-    assert all("it waits for the GPU" in reason for reason in refused)
-    assert sum(refused.values()) % 4 == 0
-    assert sum(refused.values()) >= waiting
-    assert state.recordings == len(state.layers) - sum(refused.values()) // 4 > 0
+    # in glm-tiny some layers have unquantized experts
+    assert set(state.unrecorded) <= {graphs._EARLY}
+    assert state.recordings == len(state.layers) > 0
     assert state.replayed == 4 * state.recordings
     assert state.kept_bytes == 0
 

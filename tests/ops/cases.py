@@ -35,7 +35,11 @@ TOLERANCE = {
 
 @dataclass
 class Case:
-    """Inputs of one expert MLP. ``dtype``: of activations, factors, biases and probabilities."""
+    """Inputs of one expert MLP. ``dtype``: of activations, factors, biases and probabilities.
+
+    ``plain``: the projections whose weights are not quantized, in ``dtype``; stored [E, in, out] when ``transposed``,
+    and trained when ``full``.
+    """
 
     index_TK: Tensor
     dtype: torch.dtype = torch.float32
@@ -46,6 +50,9 @@ class Case:
     rank: int | None = 4
     bias: bool = False
     seed: int = 0
+    plain: tuple[str, ...] = ()
+    transposed: bool = False
+    full: bool = False
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,11 +79,22 @@ class Case:
         if self.bias:
             self.inputs |= {"up_bias": draw(E, 2 * width), "down_bias": draw(E, H)}
         self.dy = draw(tokens, H, scale=1.0).detach()
+        self.stacks: dict[str, Tensor] = {}
+        for name in self.plain:
+            dense = (self.up if name == "up" else self.down).dequantize().to(self.dtype)
+            stored = dense.transpose(1, 2).contiguous() if self.transposed else dense
+            if self.full:
+                self.inputs[f"{name}_weight"] = stored.requires_grad_()
+            else:
+                self.stacks[f"{name}_weight"] = stored
 
     def side(self, name: str, weight: Float8Weight) -> Side:
         codes, scales = storage(weight)
         spec = WeightSpec(True, weight.parts, weight.block)
         bias, lora_A, lora_B = (self.inputs.get(f"{name}_{part}") for part in ("bias", "A", "B"))
+        if name in self.plain:
+            spec = WeightSpec(False, weight.parts, transposed=self.transposed)
+            return Side(spec, (self.inputs | self.stacks)[f"{name}_weight"], None, bias, lora_A, lora_B)
         return Side(spec, codes.view(torch.uint8), scales, bias, lora_A, lora_B)
 
 
@@ -92,7 +110,7 @@ def run(case: Case, engine: Engine, gate: Gate = SWIGLU, activations: Activation
 def exact(case: Case) -> dict[str, Tensor]:
     """The same in float64, one expert at a time, differentiated by autograd through the dequantized weights."""
     wide = {name: tensor.detach().to(torch.float64).requires_grad_() for name, tensor in case.inputs.items()}
-    up, down = (_effective(wide, name, weight) for name, weight in (("up", case.up), ("down", case.down)))
+    up, down = (_effective(case, wide, name, weight) for name, weight in (("up", case.up), ("down", case.down)))
     y = torch.zeros(wide["x"].shape, dtype=torch.float64)
     for expert in range(case.num_experts):
         tokens, slots = torch.where(case.index_TK == expert)
@@ -111,8 +129,12 @@ def exact(case: Case) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(wide, zeros, strict=True)}
 
 
-def _effective(wide: dict[str, Tensor], name: str, weight: Float8Weight) -> Tensor:
-    dense = weight.dequantize().to(torch.float64)
+def _effective(case: Case, wide: dict[str, Tensor], name: str, weight: Float8Weight) -> Tensor:
+    dense = weight.dequantize()
+    if name in case.plain:
+        dense = (case.stacks | wide)[f"{name}_weight"]
+        dense = dense.transpose(1, 2) if case.transposed else dense
+    dense = dense.to(torch.float64)
     if f"{name}_A" in wide:
         dense = dense + wide[f"{name}_B"] @ wide[f"{name}_A"]
     return dense

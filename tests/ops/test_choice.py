@@ -11,10 +11,12 @@ from octavo.ops import capability, choice
 from octavo.ops.capability import Runs, architecture_of, architectures, nvidia_row
 from octavo.ops.choice import ENGINES, NUMERICS, Layer, choose, rules, select
 from octavo.ops.engines import ProductEngine
+from octavo.ops.weights import WeightSpec
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 GLM = Layer("experts", CUDA, torch.bfloat16, "channel", (1, 2048), (1536, 2048, 2048, 1536))
+PLAIN = replace(GLM, layout="none", block=None, plain=torch.bfloat16)
 QWEN = replace(GLM, layout="block", block=(128, 128), widths=(768, 2048, 2048, 768))
 
 
@@ -79,7 +81,6 @@ def test_auto_takes_something_everywhere(on, name: str, kind: str) -> None:
     ("change", "says"),
     [
         ({"dtype": torch.float32}, "bfloat16 activations, not torch.float32"),
-        ({"bias": True}, "add no bias"),
         ({"widths": (1536, 2048, 2048, 1544)}, "multiples of 16, and this layer has 1544"),
         ({"layout": "block", "block": (64, 64)}, "blocks of 128x128, and these are 64x64"),
         ({"layout": "block", "block": (128, 128), "widths": (208, 2048)}, "208 is not a multiple of 128"),
@@ -120,10 +121,55 @@ def test_what_was_never_run_there_is_taken_by_name_only(on) -> None:
 def test_a_name_that_speaks_of_codes_leaves_plain_stacks_alone(on) -> None:
     """A mixed checkpoint under engine='fused'."""
     on("sm90")
-    plain = replace(GLM, layout="none", block=None)
-    assert choose("fused", "exact", plain).largest.name == "dequant"
+    assert choose("fused", "exact", PLAIN).largest.name == "dequant"
     assert choose("fused", "exact", GLM).largest.name == "fused"
-    assert choose("scaled", "fp8", plain).largest.name == "dequant"
+    assert choose("scaled", "fp8", PLAIN).largest.name == "dequant"
+
+
+def test_plain_stacks_run_on_kernels(on) -> None:
+    """As they are stored, in bfloat16, where octavo's kernels run; what keeps them from it is shown."""
+    from octavo.ops.fused import KernelEngine
+
+    on("sm90")
+    for name in ("auto", "dequant", "fused"):
+        found = choose(name, "exact", PLAIN)
+        assert str(found) == "dequant"
+        assert type(found.largest) is KernelEngine
+    for change, says in (
+        ({"plain": torch.float32}, "take unquantized weights in bfloat16, and these are torch.float32"),
+        ({"dtype": torch.float32}, "take bfloat16 activations, not torch.float32"),
+        ({"widths": (1544, 2048)}, "multiples of 16, and this layer has 1544"),
+    ):
+        found = choose("auto", "exact", replace(PLAIN, **change))
+        assert type(found.largest) is ProductEngine
+        assert str(found).startswith("dequant; not kernels: ")
+        assert says in str(found)
+    on("sm80")
+    assert str(choose("auto", "exact", PLAIN)) == "dequant"
+    assert type(select("auto", "exact", PLAIN)) is ProductEngine
+
+
+def test_biases_run_on_every_engine_and_not_in_the_products_for_hopper(on, monkeypatch) -> None:
+    from octavo.ops.fused import KernelEngine
+    from octavo.ops.hopper import compiler
+    from octavo.ops.hopper.engine import HopperEngine
+
+    on("sm90")
+    monkeypatch.setattr(compiler, "missing", lambda: None)
+    for numerics, name in (("exact", "fused"), ("fp8", "scaled"), ("exact", "dequant")):
+        assert type(choose(name, numerics, GLM).largest) is HopperEngine
+        found = choose(name, numerics, replace(GLM, bias=True)).largest
+        assert (type(found), found.name) == (KernelEngine, name)
+    assert type(choose("dequant", "exact", PLAIN).largest) is KernelEngine
+
+
+def test_facts_of_a_layer() -> None:
+    codes, stack = torch.empty((4, 64, 32), dtype=torch.uint8), torch.empty((4, 32, 48), dtype=torch.bfloat16)
+    specs = WeightSpec(True, 2, (1, 32)), WeightSpec(False, transposed=True)
+    layer = choice.experts_layer(CPU, None, ((specs[0], codes), (specs[1], stack)), bias=False)
+    assert layer == Layer("experts", CPU, None, "channel", (1, 32), (32, 32, 48, 32), False, torch.bfloat16)
+    layer = choice.experts_layer(CPU, None, ((specs[0], codes), (specs[0], codes)), bias=True)
+    assert (layer.plain, layer.bias) == (None, True)
 
 
 def test_the_cpu_is_as_it_was() -> None:

@@ -88,7 +88,7 @@ class LayerCase:
     @property
     def facts(self) -> Facts:
         """What a choice of engine depends on."""
-        weights = tuple((side.spec, side.weight.shape) for side in self.sides())
+        weights = tuple((side.spec, side.weight) for side in self.sides())
         return experts_layer(self.device, torch.bfloat16, weights, bias=False)
 
     def sides(self) -> tuple[Side, Side]:

@@ -138,7 +138,7 @@ class OctavoExperts(nn.Module):
 
 
 def _layer(device: torch.device, dtype: torch.dtype | None, up: Side, down: Side) -> Layer:
-    weights = ((up.spec, up.weight.shape), (down.spec, down.weight.shape))
+    weights = ((up.spec, up.weight), (down.spec, down.weight))
     return experts_layer(device, dtype, weights, bias=up.bias is not None)
 
 

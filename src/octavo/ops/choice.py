@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from octavo.errors import EngineError
 from octavo.ops.capability import architecture_of, triton_missing
@@ -33,7 +34,7 @@ _COMPUTES: dict[str, tuple[tuple[Numerics, ...], str]] = {
 _UNLIMITED = 1 << 62
 
 LayoutName = Literal["block", "channel", "tensor", "none"]
-Weights = tuple[tuple[WeightSpec, torch.Size], ...]
+Weights = tuple[tuple[WeightSpec, Tensor], ...]
 _FINEST: dict[LayoutName, int] = {"block": 0, "channel": 1, "tensor": 2, "none": 3}
 
 
@@ -42,7 +43,8 @@ class Layer:
     """What a choice depends on.
 
     ``dtype``: of the activations; ``None`` where it is not known yet. ``block``: of the scales, ``None`` for weights
-    that are not quantized. ``widths``: in and out features of every weight, of one part each.
+    that are not quantized; ``plain``: the dtype of these. ``widths``: in and out features of every weight, of one part
+    each.
     """
 
     kind: Literal["experts", "linear"] = "experts"
@@ -52,15 +54,17 @@ class Layer:
     block: tuple[int, int] | None = (1, 1)
     widths: tuple[int, ...] = ()
     bias: bool = False
+    plain: torch.dtype | None = None
 
 
 def experts_layer(device: torch.device, dtype: torch.dtype | None, weights: Weights, *, bias: bool) -> Layer:
-    """The facts about an expert MLP. ``weights``: the spec and the stored shape [E, N, K] of each projection."""
-    specs = [(spec, *_one_part(spec, shape)) for spec, shape in weights]
+    """The facts about an expert MLP. ``weights``: the spec and the stored tensor [E, N, K] of each projection."""
+    specs = [(spec, *_one_part(spec, weight.shape)) for spec, weight in weights]
     widths = tuple(width for _, rows, columns in specs for width in (rows, columns))
     # the finer grid of the two decides
     layout, block = min(((_layout(*facts), _block(facts[0])) for facts in specs), key=lambda found: _FINEST[found[0]])
-    return Layer("experts", device, dtype, layout, block, widths, bias)
+    plain = next((weight.dtype for spec, weight in weights if not spec.float8), None)
+    return Layer("experts", device, dtype, layout, block, widths, bias, plain)
 
 
 def linear_layer(device: torch.device, dtype: torch.dtype | None, spec: WeightSpec, shape: torch.Size) -> Layer:
@@ -200,20 +204,22 @@ def _kernels_why_not(name: str, layer: Layer, *, tested: bool) -> str | None:
         return reason
     if layer.dtype not in (torch.bfloat16, None):
         return f"its kernels take bfloat16 activations, not {layer.dtype}"
-    if layer.block is None:
-        return "its kernels read FP8 codes, and this weight is not quantized"
-    if layer.bias and layer.kind == "experts":
-        return "its kernels add no bias"
+    if layer.block is None and name in ("fused", "scaled"):
+        return "it reads FP8 codes, and this weight is not quantized"
+    if layer.plain not in (torch.bfloat16, None):
+        return f"its kernels take unquantized weights in bfloat16, and these are {layer.plain}"
     odd = [width for width in layer.widths if width % 16]
     if odd:
         return f"its kernels need widths that are multiples of 16, and this layer has {odd[0]}"
-    if layer.layout == "block" and layer.kind == "experts" and name != "dequant":
+    if layer.block is None or layer.layout != "block":
+        return None
+    if layer.kind == "experts" and name != "dequant":
         if layer.block != (128, 128):
             return f"its kernels take blocks of 128x128, and these are {layer.block[0]}x{layer.block[1]}"
         cut = [width for width in layer.widths if width % 128]
         if name == "scaled" and cut:
             return f"it multiplies whole blocks, and {cut[0]} is not a multiple of 128"
-    if layer.layout == "block" and layer.kind == "linear" and name == "scaled":
+    if layer.kind == "linear" and name == "scaled":
         odd = [size for size in layer.block if size < 16 or size & (size - 1)]
         if odd:
             return f"it rounds rows in blocks of a power of two of at least 16, and these have {odd[0]}"
@@ -222,7 +228,10 @@ def _kernels_why_not(name: str, layer: Layer, *, tested: bool) -> str | None:
 
 def _without_kernels(name: str, layer: Layer) -> tuple[tuple[str, str], ...]:
     """The remark that ``dequant`` runs on its torch code where a GPU would have had kernels for it."""
-    if name != "dequant" or layer.device.type != "cuda" or layer.block is None:
+    if name != "dequant" or layer.device.type != "cuda":
+        return ()
+    # where there are no kernels, the reason is one of FP8 codes
+    if layer.block is None and architecture_of(layer.device).kernels.runs != "yes":
         return ()
     why = _kernels_why_not(name, layer, tested=True)
     return (("kernels", why),) if why else ()
@@ -252,6 +261,10 @@ def _hopper_why_not(layer: Layer) -> str | None:
 
     if layer.device.type != "cuda" or architecture_of(layer.device).name != "sm90":
         return "they are built for Hopper"
+    if layer.block is None:
+        return "they read FP8 codes, and this weight is not quantized"
+    if layer.bias:
+        return "they add no bias"
     if reason := missing():
         return reason
     if odd := [width for width in layer.widths if width % 32 or width >= 2**16]:

@@ -66,15 +66,17 @@ class Engine(Protocol):
         """The sorted order of the pairs of ``index_TK``; see :func:`octavo.ops.routing.route`."""
         ...
 
-    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+    def up(
+        self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate, down: Projection
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``z = x·Wᵀ + b + x·Aᵀ·Bᵀ`` and ``h = gate(z)`` per routed row: (z_MG, h_MI, x·A [M, R]), all in
-        ``x.dtype``.
+        ``x.dtype``; h as :meth:`arrange` gives it for ``down``.
         """
         ...
 
     def arrange(self, h_MI: Tensor, down: Projection) -> Tensor:
-        """h in the order and scale in which :meth:`down` reads it and :meth:`up` gives it, from one in its own: for a
-        gate that was computed elsewhere.
+        """h in the order and scale in which :meth:`down` reads it, from one in its own: for a gate that was computed
+        elsewhere.
         """
         ...
 
@@ -157,7 +159,9 @@ class ProductEngine:
         yb_MR = self._skinny(dy_MN, side.lora.B_ENR, routing, transposed=True)
         return dx_MK + self._skinny(yb_MR, side.lora.A_ERK, routing, transposed=True)
 
-    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+    def up(
+        self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate, down: Projection
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         dtype, compute = x_TH.dtype, self._compute(x_TH.dtype)
         z_MG, xa_MR = self._project(x_TH[routing.token_M].to(compute), up, routing)
         z_MG = z_MG.to(dtype)

@@ -87,7 +87,7 @@ def expert_mlp(
     if torch.compiler.is_compiling():
         return _traced(x_TH, index_TK, p_TK, sides, MlpSpec(up.spec, down.spec, gate, engine, activations))
     if isinstance(engine, Request):
-        weights = ((up.spec, up.weight.shape), (down.spec, down.weight.shape))
+        weights = ((up.spec, up.weight), (down.spec, down.weight))
         layer = experts_layer(x_TH.device, x_TH.dtype, weights, bias=up.bias is not None)
         engine = select(engine.name, engine.numerics, layer, index_TK.numel() / up.weight.shape[0])
     if not _differentiates(x_TH, p_TK, sides):

@@ -51,7 +51,7 @@ def _engine(
     assert up_weight is not None
     assert down_weight is not None
     up, down = _specs(specs)
-    weights = ((up, up_weight.shape), (down, down_weight.shape))
+    weights = ((up, up_weight), (down, down_weight))
     layer = experts_layer(x.device, x.dtype, weights, bias=sides[2] is not None)
     return select(name, numerics, layer, num_pairs / up_weight.shape[0])
 
@@ -188,9 +188,10 @@ def up(
     """The up stage without its gate: (z_MG, x·A, token_M, row_TK, offsets_E); rows of other ranks are zero."""
     chosen = _engine(x, index.numel(), sides, specs, engine, numerics)
     with on_device(sides, x.device) as sides:
-        side = stages.projection(_specs(specs)[0], sides[:_SIDE])
+        up_spec, down_spec = _specs(specs)
+        side, other = stages.projection(up_spec, sides[:_SIDE]), stages.projection(down_spec, sides[_SIDE:])
         routing = chosen.route(index, side.weight.num_experts)
-        z, _, xa = chosen.up(x, routing, side, IDENTITY)
+        z, _, xa = chosen.up(x, routing, side, IDENTITY, other)
     # a kernel leaves rows of other ranks unwritten, and the gate outside reads every row
     live = torch.arange(z.shape[0], device=z.device)[:, None] < routing.offsets_E[-1]
     return torch.where(live, z, 0), _some(xa, x), routing.token_M, routing.row_TK, routing.offsets_E

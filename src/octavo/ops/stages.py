@@ -49,7 +49,7 @@ def forward(
     engine: Engine, x_TH: Tensor, p_TK: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate
 ) -> Outputs:
     """``y_t = Σ_k p_tk · down_e(gate(up_e(x_t)))``."""
-    z_MG, h_MI, xa_MR = engine.up(x_TH, routing, up, gate)
+    z_MG, h_MI, xa_MR = engine.up(x_TH, routing, up, gate, down)
     y_TH, ha_MR = engine.down(h_MI, p_TK, routing, down)
     return Outputs(y_TH, z_MG, xa_MR, ha_MR)
 

@@ -276,7 +276,9 @@ class _Sketch:
             index_TK.new_empty((num_experts,), dtype=torch.int32),
         )
 
-    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+    def up(
+        self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate, down: Projection
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         xa_MR = self._rank(x_TH, routing, up)
         z_MG = x_TH.new_empty((routing.num_rows, up.weight.out_features))
         parts = up.weight.parts if isinstance(up.weight, Float8Weight) else 2

@@ -2,7 +2,8 @@
 
 python -m tests.ops.kernels.compiled MODEL:TOKENS:ENGINE-NUMERICS ...     without TRITON_INTERPRET
 
-ENGINE-NUMERICS may be ``few``: decoding, and linear layers.
+ENGINE-NUMERICS may be ``few``: decoding, and linear layers; or ``plain``: weights that are not quantized, stored either
+way round, with biases.
 """
 
 import json
@@ -80,6 +81,34 @@ def compile_few(model: str, tokens: int) -> None:
                     engine.linear(torch.empty(rows, columns, dtype=torch.bfloat16), weight, transposed=transposed)
 
 
+def compile_plain(model: str, tokens: int) -> None:
+    """Plain stacks [E, out, in] and [E, in, out] with biases, in forward and backward."""
+    import torch
+
+    from benchmarks.layer import blank_case
+    from octavo.ops.experts import Side, expert_mlp
+    from octavo.ops.fused import KernelEngine
+    from octavo.ops.gates import SWIGLU
+    from octavo.ops.weights import WeightSpec
+
+    layer = blank_case(model, tokens)
+    engine = KernelEngine("dequant", "exact", wide=False)
+    for transposed in (False, True):
+        sides = []
+        for name, weight in (("up", layer.up), ("down", layer.down)):
+            features, columns = weight.out_features, weight.in_features
+            shape = (columns, features) if transposed else (features, columns)
+            stack = torch.empty((weight.num_experts, *shape), dtype=torch.bfloat16)
+            bias = torch.empty((weight.num_experts, features), dtype=torch.bfloat16)
+            factors = layer.inputs[f"{name}_A"], layer.inputs[f"{name}_B"]
+            sides.append(Side(WeightSpec(False, weight.parts, transposed=transposed), stack, None, bias, *factors))
+
+        def forward(up: Side = sides[0], down: Side = sides[1]) -> torch.Tensor:
+            return expert_mlp(layer.inputs["x"], layer.index, layer.inputs["p"], up, down, SWIGLU, engine)
+
+        layer.step(forward)
+
+
 def main(jobs: list[str]) -> None:
     compile_only()
     from benchmarks.layer import blank_case, compile_one, engines
@@ -90,6 +119,9 @@ def main(jobs: list[str]) -> None:
         model, tokens, engine = job.split(":")
         if engine == "few":
             compile_few(model, int(tokens))
+            continue
+        if engine == "plain":
+            compile_plain(model, int(tokens))
             continue
         compile_one((model, int(tokens), numbers[engine]))
         if engine.startswith("dequant"):

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 # the products have a budget of their own, and their tiles are chosen by time
-PASSES = ("rows", "combine", "sum_parts", "outer", "both", "sum_chunks", "dequantize", "transpose", "count", "place")
+PASSES = (
+    "rows",
+    "combine",
+    "sum_parts",
+    "outer",
+    "both",
+    "sum_chunks",
+    "dequantize",
+    "transpose",
+    "count",
+    "place",
+    "dots",
+)
 FEW = ("matrix", "pairs", "restore")
 
 
@@ -18,6 +30,7 @@ FEW = ("matrix", "pairs", "restore")
     [
         pytest.param(["qwen3:2048:dequant-exact", "qwen3:2048:scaled-fp8", "qwen3:2:few"], id="block scales"),
         pytest.param(["glm:32768:dequant-exact", "glm:32768:scaled-fp8", "glm:2:few"], id="channel scales"),
+        pytest.param(["glm:2048:plain", "glm:32768:plain"], id="plain"),
     ],
 )
 def test_compiles_for_sm_90(jobs: list[str], tmp_path: Path) -> None:
@@ -33,5 +46,7 @@ def test_compiles_for_sm_90(jobs: list[str], tmp_path: Path) -> None:
     assert {"product", *PASSES[:4]} <= names
     if any(job.endswith(":few") for job in jobs):
         assert {*FEW} <= names
+    if any(job.endswith(":plain") for job in jobs):
+        assert "dots" in names
     spilled = [one for one in kernels if one["stack"] and one["kernel"].removesuffix("_kernel") in PASSES + FEW]
     assert not spilled, spilled

@@ -18,7 +18,7 @@ from octavo.ops.kernels.product import Operand, Stack, product
 from octavo.ops.kernels.rows import combine, pass_rows
 from octavo.ops.kernels.tiles import tiles_for
 from octavo.ops.kernels.weights import dequantize
-from octavo.ops.weights import storage
+from octavo.ops.weights import DenseWeight, storage
 from tests.ops.kernels.cases import ACTIVATIONS, CHANNEL, DEVICE, Rows, assert_sums, grouped, grouped_outer
 
 FAR = 2**31
@@ -108,3 +108,28 @@ def test_experts(tmp_path: Path) -> None:
         want, magnitude = grouped(rows, x_MK, right if flip else right.transpose(1, 2))
         slack = torch.finfo(ACTIVATIONS).eps / 2 * 1.01 * magnitude
         assert_sums(site, out, want, magnitude, terms=width + 4, slack=slack)
+
+
+def test_plain_experts(tmp_path: Path) -> None:
+    """The same of a stack that is not quantized, whose last expert has a bias."""
+    width = 128 if INTERPRETED else 4096
+    experts = FAR // width**2 + 1
+    stack_ENK = sparse(tmp_path, experts, width, width)
+    rows = Rows([10], 0, 0)
+    stack_ENK[-1] = rows.draw(width, width)
+    bias_EN = torch.zeros((experts, width), device=DEVICE)
+    bias_EN[-1] = rows.draw(width)
+    offsets_E = torch.zeros(experts, dtype=torch.int32, device=DEVICE)
+    offsets_E[-1] = 10
+    x_MK = rows.rows(width)
+    for site, flip in (("down", False), ("up_grad", True)):
+        out = torch.empty((10, width), dtype=ACTIVATIONS, device=DEVICE)
+        stack = Stack(stack_ENK, DenseWeight(stack_ENK), 0, experts, flip=flip)
+        product(
+            Operand(x_MK), stack, offsets_E, out, tiles_for(f"bank.{site}", 1), scales=kernel.NONE.value,
+            bias_EN=bias_EN,
+        )  # fmt: skip
+        right = stack_ENK[-1:] if flip else stack_ENK[-1:].transpose(1, 2)
+        want, magnitude = grouped(rows, x_MK, right)
+        bias = bias_EN[-1].double()
+        assert_sums(site, out, want + bias, magnitude + bias.abs(), terms=width + 1)

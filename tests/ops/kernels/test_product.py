@@ -16,7 +16,7 @@ from octavo.ops.kernels.product import Gradient, Lora, Operand, Stack, Tiles, pr
 from octavo.ops.kernels.rows import pass_rows, sum_parts
 from octavo.ops.kernels.tiles import tiles_for
 from octavo.ops.kernels.weights import transpose
-from octavo.ops.weights import storage
+from octavo.ops.weights import DenseWeight, storage
 from tests.ops.kernels.cases import (
     ACTIVATIONS,
     BLOCK,
@@ -50,6 +50,7 @@ class Operands:
     right_EKN: Tensor
     lora: Lora | None = None
     lora_EKN: Tensor | None = None
+    bias_EN: Tensor | None = None
 
     def want(self) -> tuple[Tensor, Tensor]:
         value, magnitude = grouped(self.rows, self.left_MK, self.right_EKN)
@@ -57,6 +58,10 @@ class Operands:
             assert self.lora_EKN is not None
             more, its_magnitude = grouped(self.rows, self.lora.xa, self.lora_EKN)
             value, magnitude = value + more, magnitude + its_magnitude
+        if self.bias_EN is not None:
+            spread = torch.tensor(self.rows.counts, device=DEVICE)
+            each = self.bias_EN.double().repeat_interleave(spread, 0)
+            value, magnitude = value + each, magnitude + each.abs()
         return value, magnitude
 
     @property
@@ -76,7 +81,7 @@ class Operands:
 
 def operands(
     drawn: tuple[list[int], int, int], way: str, layout: ScaleLayout, *, flip: bool, parts: int, size: tuple[int, int],
-    rank: int | None, gather: bool, left: bool, site: str,
+    rank: int | None, gather: bool, left: bool, site: str, bias: torch.dtype | None = None,
 ) -> Operands:  # fmt: skip
     """A product of ``way`` (see tiles.py) with a weight of ``parts`` × ``size[0]`` rows and ``size[1]`` columns."""
     rows = Rows(*drawn)
@@ -112,6 +117,8 @@ def operands(
         factor = rows.draw(rows.num_experts, *((rank, N) if flip else (N, rank)))
         case.lora = Lora(rows.rows(rank), factor, 1 if flip else 2)
         case.lora_EKN = factor if flip else factor.transpose(1, 2)
+    if bias is not None:
+        case.bias_EN = rows.draw(rows.num_experts, N, dtype=bias)
     return case
 
 
@@ -146,19 +153,20 @@ common = {
     "gather": st.booleans(),
     "left": st.booleans(),
 }
+biases = st.sampled_from((None, torch.float32, torch.bfloat16))
 WAYS = ("bank", "codes", "scaled")
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("way", WAYS)
-@given(parts=st.integers(1, 2), size=st.sampled_from([(48, 80), (64, 96), (16, 160)]), **common)
+@given(parts=st.integers(1, 2), size=st.sampled_from([(48, 80), (64, 96), (16, 160)]), bias=biases, **common)
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_product(
-    way: str, layout: ScaleLayout, flip: bool, parts: int, size: tuple[int, int], drawn: tuple[list[int], int, int],
-    rank: int | None, gather: bool, left: bool,
+    way: str, layout: ScaleLayout, flip: bool, parts: int, size: tuple[int, int], bias: torch.dtype | None,
+    drawn: tuple[list[int], int, int], rank: int | None, gather: bool, left: bool,
 ) -> None:  # fmt: skip
-    """Each row times its expert's matrix, plus LoRA; rows of other ranks stay unwritten."""
+    """Each row times its expert's matrix, plus LoRA and a bias; rows of other ranks stay unwritten."""
     if way == "scaled" and layout is BLOCK and flip:
         # a slab of the contraction lies in one part
         step = BLOCK.block_of(*size)[0]
@@ -168,11 +176,15 @@ def test_product(
         left = False
     site = "up_grad" if flip else "down"
     case = operands(
-        drawn, way, layout, flip=flip, parts=parts, size=size, rank=rank, gather=gather, left=left, site=site
-    )
+        drawn, way, layout, flip=flip, parts=parts, size=size, rank=rank, gather=gather, left=left, site=site,
+        bias=None if flip else bias,
+    )  # fmt: skip
     value, magnitude = case.want()
     out = torch.empty((case.rows.num_rows, value.shape[1]), dtype=ACTIVATIONS, device=DEVICE)
-    product(case.operand, case.stack, case.rows.offsets_E, out, case.tiles, scales=case.scales, lora=case.lora)
+    product(
+        case.operand, case.stack, case.rows.offsets_E, out, case.tiles, scales=case.scales, lora=case.lora,
+        bias_EN=case.bias_EN,
+    )  # fmt: skip
     live = case.rows.live
     assert_sums("y", out[:live], value, magnitude, case.terms, slack=case.slack * magnitude)
     assert bool(out[live:].isnan().all())
@@ -180,19 +192,47 @@ def test_product(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("way", WAYS)
-@given(size=st.sampled_from([(48, 80), (32, 96)]), **common)
+@given(size=st.sampled_from([(48, 80), (32, 96)]), bias=biases, **common)
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_swiglu_epilogue(
-    way: str, layout: ScaleLayout, size: tuple[int, int], drawn: tuple[list[int], int, int], rank: int | None,
-    gather: bool, left: bool,
+    way: str, layout: ScaleLayout, size: tuple[int, int], bias: torch.dtype | None, drawn: tuple[list[int], int, int],
+    rank: int | None, gather: bool, left: bool,
 ) -> None:  # fmt: skip
     """z = [gate, up] and h = silu(gate)·up of the z that was stored; gate and up have grids of their own."""
     left = left and way != "scaled"
-    case = operands(drawn, way, layout, flip=False, parts=2, size=size, rank=rank, gather=gather, left=left, site="up")
-    live, width = case.rows.live, size[0]
+    case = operands(
+        drawn, way, layout, flip=False, parts=2, size=size, rank=rank, gather=gather, left=left, site="up", bias=bias
+    )
+    check_swiglu(case, size[0])
+
+
+@given(size=st.sampled_from([(48, 80), (32, 96)]), bias=biases, **common)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_plain_stacks_stored_either_way_round(
+    size: tuple[int, int], bias: torch.dtype | None, drawn: tuple[list[int], int, int], rank: int | None, gather: bool,
+    left: bool,
+) -> None:  # fmt: skip
+    """A stack without scales, and one stored [E, in, out], whose rows forward contracts over."""
+    case = operands(
+        drawn, "bank", CHANNEL, flip=False, parts=2, size=size, rank=rank, gather=gather, left=left, site="up",
+        bias=bias,
+    )  # fmt: skip
+    values = case.stack.values
+    case.right_EKN = values.double().transpose(1, 2)
+    for transposed in (False, True):
+        stored = values.transpose(1, 2).contiguous() if transposed else values
+        case.stack = Stack(stored, DenseWeight(values), 0, case.rows.num_experts, flip=transposed)
+        check_swiglu(case, size[0])
+
+
+def check_swiglu(case: Operands, width: int) -> None:
+    live = case.rows.live
     z_MG = torch.empty((case.rows.num_rows, 2 * width), dtype=ACTIVATIONS, device=DEVICE)
     h_MI = torch.empty((case.rows.num_rows, width), dtype=ACTIVATIONS, device=DEVICE)
-    product(case.operand, case.stack, case.rows.offsets_E, z_MG, case.tiles, scales=case.scales, lora=case.lora, h=h_MI)
+    product(
+        case.operand, case.stack, case.rows.offsets_E, z_MG, case.tiles, scales=case.scales, lora=case.lora,
+        bias_EN=case.bias_EN, h=h_MI,
+    )  # fmt: skip
     value, magnitude = case.want()
     assert_sums("z", z_MG[:live], value, magnitude, case.terms, slack=case.slack * magnitude)
     g, u = z_MG[:live].double().chunk(2, 1)

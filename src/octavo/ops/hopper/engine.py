@@ -1,7 +1,8 @@
 """The stages of an expert MLP on the products of `product.cu`: engines ``fused`` and ``scaled`` on Hopper.
 
 What lies between the products (sorting, LoRA's skinny products, rounding, combining) is that of
-:class:`octavo.ops.fused.KernelEngine`, and so is every layer that the products do not take. Legend: see there.
+:class:`octavo.ops.fused.KernelEngine`, and so is every projection that the products do not take: one that is not
+quantized, or has a bias. Legend: see there.
 """
 
 from __future__ import annotations
@@ -32,14 +33,19 @@ class HopperEngine(KernelEngine):
     """See the module's docstring."""
 
     def _takes(self, x: Tensor, side: Projection) -> bool:
-        return self._kernels(x, side) and side.weight.num_experts <= MAX_EXPERTS
+        if not self._kernels(x, side) or not isinstance(side.weight, Float8Weight) or side.bias is not None:
+            return False
+        return side.weight.num_experts <= MAX_EXPERTS
 
-    def _rounds(self, site: Site) -> bool:
-        return self._way(site) == "scaled"
+    def _rounds(self, site: Site, side: Projection) -> bool:
+        return self._way(site, side.weight) == "scaled"
 
-    def up(self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate) -> tuple[Tensor, Tensor, Tensor | None]:
+    def up(
+        self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate, down: Projection
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self._takes(x_TH, up):
-            return super().up(x_TH, routing, up, gate)
+            z_MG, h_MI, xa_MR = super().up(x_TH, routing, up, gate, down)
+            return z_MG, self.arrange(h_MI, down), xa_MR
         from octavo.ops.kernels.interleave import interleave
         from octavo.ops.kernels.rows import pass_rows, round_rows
 
@@ -47,7 +53,7 @@ class HopperEngine(KernelEngine):
         xa_MR = None
         if up.lora is not None:
             xa_MR, _ = pass_rows(x_TH, offsets_E=routing.offsets_E, token_M=routing.token_M, factor=up.lora.A_ERK)
-        if self._rounds("up"):
+        if self._rounds("up", up):
             # each token once, before the gather
             rounded = round_rows(x_TH, min(weight.block[1], weight.in_features))
             rows = Rows(rounded.codes, routing.token_M, rounded.scales)
@@ -55,16 +61,17 @@ class HopperEngine(KernelEngine):
             rows = Rows(interleave(x_TH, ROWS_UP), routing.token_M)
         z_MG = x_TH.new_empty((routing.num_rows, weight.out_features))
         lora = None if up.lora is None else _step(xa_MR, up.lora.B_ENR)
-        if isinstance(gate, SwiGlu):
+        # the product's own h is for the other product, which may be Triton's
+        if isinstance(gate, SwiGlu) and self._takes(x_TH, down):
             h_MI = x_TH.new_empty((routing.num_rows, weight.rows))
             self._grouped("up", rows, weight, routing, z_MG, lora, h=h_MI)
             return z_MG, h_MI, xa_MR
         self._grouped("up", rows, weight, routing, z_MG, lora)
-        return z_MG, self.arrange(self._gate(z_MG, gate), up), xa_MR
+        return z_MG, self.arrange(self._gate(z_MG, gate), down), xa_MR
 
     def arrange(self, h_MI: Tensor, down: Projection) -> Tensor:
         """See :class:`octavo.ops.engines.Engine`: bfloat16 rows are interleaved."""
-        if self._rounds("down") or not self._takes(h_MI, down):
+        if not self._takes(h_MI, down) or self._rounds("down", down):
             return h_MI
         from octavo.ops.kernels.interleave import interleave
 
@@ -77,7 +84,7 @@ class HopperEngine(KernelEngine):
         from octavo.ops.kernels.rows import combine, pass_rows, round_rows
 
         weight, ha_MR = _codes(down), None
-        if self._rounds("down"):
+        if self._rounds("down", down):
             rounded = round_rows(h_MI, min(weight.block[1], weight.in_features), offsets_E=routing.offsets_E)
             rows = Rows(rounded.codes, None, rounded.scales)
             if down.lora is not None:
@@ -201,7 +208,7 @@ class HopperEngine(KernelEngine):
                     assert xa_MR is not None
                     dtype = factor.dtype
                     lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
-        if not self._rounds("up_grad"):
+        if not self._rounds("up_grad", side):
             return Rows(d, token_M), yb_MR, lora_B
         if folds_into_rows(weight):
             fold_EN = scale_of_features(weight)
@@ -225,7 +232,7 @@ class HopperEngine(KernelEngine):
     ) -> None:
         slabs = rows.scales is not None and not folds_into_rows(weight)
         rows_of_expert, flip = routing.num_rows / weight.num_experts, site.endswith("grad")
-        if self._way(site) == "bank":
+        if self._way(site, weight) == "bank":
             tokens = tokens_of_tile(rows_of_expert, most=MOST_TOKENS["bank"])
             for bank in self._banks(weight, routing, out):
                 product(

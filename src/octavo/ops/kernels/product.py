@@ -3,17 +3,18 @@
 One persistent kernel serves every engine. What varies is known when it is compiled:
 
 ``CODES``  the weight's tile is E4M3 and is widened in registers (W8A16); else it is multiplied as it is stored
-           (a dequantized bfloat16 bank, or E4M3 by E4M3 on the FP8 tensor cores).
+           (a bfloat16 stack, dequantized or never quantized, or E4M3 by E4M3 on the FP8 tensor cores).
 ``LEFT``   the weight is the product's left operand and the transposed tile is computed: a widened tile can then stay
            in registers instead of taking a turn through shared memory.
-``FLIP``   the contraction runs over the weight's rows: the input gradient.
+``FLIP``   the contraction runs over the rows as they are stored: the input gradient, or forward of a transposed stack.
 ``SCALES`` where the weight's scale is applied: nowhere; to the accumulator's columns after the product; to the tile
            before it; or per slab of the contraction (``SLAB``), promoted into a float32 accumulator.
 ``STAGE``  what the epilogue does: store; SwiGLU (two accumulators, gate and up; writes z and h); or SwiGLU's gradient
            (writes dz and, per tile of columns, the row's share of <dh, h>).
 
-LoRA enters as one more step of the accumulation: ``acc += xa[m, :] · b_e[n, :]``. Operands in their dtype, sums in
-float32, one rounding at the store. Rows past the last offset are neither read into a sum nor written.
+LoRA enters as one more step of the accumulation: ``acc += xa[m, :] · b_e[n, :]``, and ``BIAS`` as a last one:
+``acc += bias_e[n]``. Operands in their dtype, sums in float32, one rounding at the store. Rows past the last offset are
+neither read into a sum nor written.
 
 Legend: ``M`` rows, ``E`` experts, ``N`` out columns of the product (of one part for SwiGLU), ``K`` contraction,
 ``R`` LoRA rank.
@@ -30,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.formats.weight import Float8Weight
 from octavo.ops.kernels.common import INTERPRETED, ceil_div, expert_rows, expert_tiles, num_multiprocessors, padded_rank
+from octavo.ops.weights import Weight
 
 NONE, COLUMN, TILE, SLAB = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 STORE, SWIGLU, SWIGLU_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -54,7 +56,7 @@ def _weight_tile(
     or [BK, BN] when FLIP.
     """
     if FLIP:
-        tile = w.load([slot, k0, n0]).reshape(BK, BN)
+        tile = w.load([slot, k0, n_base + n0]).reshape(BK, BN)
     else:
         tile = w.load([slot, n_base + n0, k0]).reshape(BN, BK)
     if CODES:
@@ -140,13 +142,13 @@ def _lora_step(
 
 @triton.jit
 def product_kernel(
-    a, w, token_M, offsets_E, a_scale, scales, xa, factor, stride_e, stride_n, stride_r,
+    a, w, token_M, offsets_E, a_scale, scales, bias, xa, factor, stride_e, stride_n, stride_r,
     out, h, z, p_M, shares, M, first, last, slot_shift,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     N_ROWS: tl.constexpr, ROWS: tl.constexpr, GRID_N: tl.constexpr, GRID_K: tl.constexpr, SB_N: tl.constexpr,
     SB_K: tl.constexpr, A_GROUPS: tl.constexpr,
     GATHER: tl.constexpr, CODES: tl.constexpr, LEFT: tl.constexpr, FLIP: tl.constexpr, TURNED: tl.constexpr,
-    SCALES: tl.constexpr, A_SCALED: tl.constexpr, LORA: tl.constexpr, STAGE: tl.constexpr,
+    SCALES: tl.constexpr, A_SCALED: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, STAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -226,6 +228,11 @@ def product_kernel(
             if DUAL:
                 up = _lora_step(up, xa, factor, row, mask_m, e, n, N, N, R, RP, stride_e, stride_n, stride_r, LEFT,
                                 WIDE, KIND)  # fmt: skip
+        if BIAS:
+            at_b = bias + e.to(tl.int64) * N_ROWS + n
+            acc += _on_columns(tl.load(at_b, mask=n < N, other=0.0).to(tl.float32), LEFT)
+            if DUAL:
+                up += _on_columns(tl.load(at_b + N, mask=n < N, other=0.0).to(tl.float32), LEFT)
 
         # addresses are 32-bit offsets from a tile's first row: 64-bit ones would fill the registers
         inside = _on_rows(tl.arange(0, BM), LEFT)
@@ -317,12 +324,12 @@ class Operand:
 class Stack:
     """The weight of the product, for experts [first, last): ``values`` [last - first or E, ...] and how to read them.
 
-    ``weight`` has the scales. ``flip``: contract over the stored rows. ``turned``: the values are transposed codes, so
-    that the input gradient needs no flip. ``widen``: E4M3 tiles are widened in registers.
+    ``weight`` has the scales, if there are any. ``flip``: contract over the stored rows. ``turned``: the values are
+    transposed codes, so that the input gradient needs no flip. ``widen``: E4M3 tiles are widened in registers.
     """
 
     values: Tensor
-    weight: Float8Weight
+    weight: Weight
     first: int
     last: int
     flip: bool = False
@@ -359,11 +366,13 @@ def product(
     *,
     scales: int,
     lora: Lora | None = None,
+    bias_EN: Tensor | None = None,
     h: Tensor | None = None,
     gradient: Gradient | None = None,
 ) -> None:
     """Write the rows of experts [first, last) into ``out``: [M, N], or z [M, 2N] with ``h`` [M, N] (SwiGLU), or dz
-    [M, 2N] with ``gradient``. See the module's docstring; ``scales`` is one of NONE, COLUMN, TILE, SLAB.
+    [M, 2N] with ``gradient``. See the module's docstring; ``scales`` is one of NONE, COLUMN, TILE, SLAB. ``bias_EN``:
+    of all experts and of all rows of the weight, any float dtype, contiguous.
     """
     num_rows = out.shape[0]
     if num_rows == 0:
@@ -381,20 +390,22 @@ def product(
         rank = lora.xa.shape[1]
         factor = lora.factor
         strides = (factor.stride(0), factor.stride(3 - lora.rank_axis), factor.stride(lora.rank_axis))
-    grid_n, grid_k = weight.scales.shape[2:]
+    scaled = weight if isinstance(weight, Float8Weight) else None
+    grid_n, grid_k = (1, 1) if scaled is None else scaled.scales.shape[2:]
+    block_n, block_k = (1, 1) if scaled is None else scaled.block
     most_tiles = (ceil_div(num_rows, tiles.rows) + stack.last - stack.first) * ceil_div(cols, tiles.columns)
     programs = min(most_tiles, num_multiprocessors(out.device) * tiles.resident)
     product_kernel[(programs,)](
         left_values, TensorDescriptor.from_tensor(stack.values, box), operand.token_M, offsets_E, operand.scales,
-        weight.scales, lora and lora.xa, lora and lora.factor, *strides,
+        scaled and scaled.scales, bias_EN, lora and lora.xa, lora and lora.factor, *strides,
         out, h, gradient and gradient.z, gradient and gradient.p, gradient and gradient.shares, num_rows,
         stack.first, stack.last, stack.first if stack.values.shape[0] != num_experts else 0,
         N=cols, K=contraction, R=rank, RP=padded_rank(rank), E=num_experts,
-        EP=max(16, triton.next_power_of_2(num_experts)), N_ROWS=weight.out_features, ROWS=weight.rows, GRID_N=grid_n,
-        GRID_K=grid_k, SB_N=weight.block[0], SB_K=weight.block[1],
-        A_GROUPS=1 if operand.scales is None else operand.scales.shape[1],
+        EP=max(16, triton.next_power_of_2(num_experts)), N_ROWS=weight.out_features,
+        ROWS=weight.out_features if scaled is None else scaled.rows, GRID_N=grid_n, GRID_K=grid_k, SB_N=block_n,
+        SB_K=block_k, A_GROUPS=1 if operand.scales is None else operand.scales.shape[1],
         GATHER=operand.token_M is not None, CODES=stack.widen, LEFT=tiles.left, FLIP=stack.flip, TURNED=stack.turned,
-        SCALES=scales, A_SCALED=operand.scales is not None, LORA=lora is not None,
+        SCALES=scales, A_SCALED=operand.scales is not None, BIAS=bias_EN is not None, LORA=lora is not None,
         STAGE=SWIGLU.value if dual else SWIGLU_GRADIENT.value if gradient is not None else STORE.value,
         BM=tiles.rows, BN=tiles.columns, BK=tiles.step, PROGRAMS=programs, STAGES=tiles.stages, WIDE=INTERPRETED,
         num_warps=tiles.warps, num_stages=tiles.stages,
