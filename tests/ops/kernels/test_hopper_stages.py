@@ -3,6 +3,8 @@
 Rows are interleaved and enlarged between two of these products and are not between one of them and Triton's.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +54,12 @@ def product(
             gradient.shares[:, span] = 0
             gradient.shares[0, span] = (y * SWIGLU.forward(z)).sum(1)
             out[span] = SWIGLU.backward(z, y * p_M1)
+            if gradient.sums is not None and lora is not None:
+                tiles = [-(-(end - start) // tokens) for start, end in pairwise(ends)]
+                mine = gradient.sums[sum(tiles[:e]) : sum(tiles[: e + 1])]
+                mine.zero_()
+                if len(mine):
+                    mine[0, :, : lora.xa.shape[1]] = (SWIGLU.forward(z) * p_M1).T @ lora.xa[span].float()
         if h is not None:
             h[span] = interleave(SWIGLU.forward(y), ROWS_UP)
 

@@ -21,7 +21,7 @@ from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
 from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode
-from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
+from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, RANKS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
 from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
@@ -113,6 +113,7 @@ class HopperEngine(KernelEngine):
     ) -> tuple[Tensor, Tensor, ProjectionGrads]:
         if not self._takes(dy_TH, down):
             return super().down_backward(dy_TH, z_MG, ha_MR, p_M, routing, down, gate, wants)
+        from octavo.ops.kernels.outer import sum_tiles
         from octavo.ops.kernels.rows import sum_parts
 
         weight, offsets_E = _codes(down), routing.offsets_E
@@ -120,18 +121,24 @@ class HopperEngine(KernelEngine):
             p_M = p_M.float()
         rows, yb_MR, lora_B = self._backward_rows(dy_TH, ha_MR, down, routing, wants, routing.token_M, p_M)
         lora = None if down.lora is None else _step(yb_MR, down.lora.A_ERK.transpose(1, 2))
-        swiglu, lora_A = isinstance(gate, SwiGlu), None
+        swiglu, lora_A, sums = isinstance(gate, SwiGlu), None, None
         if swiglu:
-            if lora_B is not None:
-                # before dz may take z's place
-                lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
+            if lora_B is not None and lora is not None:
+                if lora.xa.shape[1] <= RANKS and self._way("down_grad", weight) != "bank":
+                    tokens = self._tokens("down_grad", rows, weight, routing)
+                    tiles = -(-routing.num_rows // tokens) + weight.num_experts
+                    sums = dy_TH.new_empty((tiles, weight.in_features, RANKS), dtype=torch.float32)
+                else:
+                    # before dz may take z's place
+                    lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
             dz_MG = z_MG if wants.spend else torch.empty_like(z_MG)
             parts = 2 * -(-weight.in_features // (FEATURES * _PRODUCTS))
             shares = dy_TH.new_empty((parts, routing.num_rows), dtype=torch.float32)
-            self._grouped(
-                "down_grad", rows, weight, routing, dz_MG, lora, gradient=GateGradient(z_MG, p_M.contiguous(), shares)
-            )
+            gradient = GateGradient(z_MG, p_M.contiguous(), shares, sums)
+            self._grouped("down_grad", rows, weight, routing, dz_MG, lora, gradient=gradient)
             dp_M = sum_parts(shares, offsets_E)
+            if sums is not None and down.lora is not None:
+                lora_A = sum_tiles(sums, offsets_E, tokens, down.lora.A_ERK)
         else:
             dh_MI = dy_TH.new_empty((routing.num_rows, weight.in_features))
             self._grouped("down_grad", rows, weight, routing, dh_MI, lora)
@@ -230,21 +237,24 @@ class HopperEngine(KernelEngine):
         h: Tensor | None = None,
         gradient: GateGradient | None = None,
     ) -> None:
-        slabs = rows.scales is not None and not folds_into_rows(weight)
-        rows_of_expert, flip = routing.num_rows / weight.num_experts, site.endswith("grad")
+        flip, tokens = site.endswith("grad"), self._tokens(site, rows, weight, routing)
         if self._way(site, weight) == "bank":
-            tokens = tokens_of_tile(rows_of_expert, most=MOST_TOKENS["bank"])
             for bank in self._banks(weight, routing, out):
                 product(
                     rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
                     products=_PRODUCTS, bank=bank,
                 )  # fmt: skip
             return
-        tokens = tokens_of_tile(rows_of_expert, most=MOST_TOKENS["slabs" if slabs else "codes"])
         product(
             rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
             products=_PRODUCTS,
         )  # fmt: skip
+
+    def _tokens(self, site: Site, rows: Rows, weight: Float8Weight, routing: Routing) -> int:
+        """Of a tile."""
+        slabs = rows.scales is not None and not folds_into_rows(weight)
+        most = MOST_TOKENS["bank" if self._way(site, weight) == "bank" else "slabs" if slabs else "codes"]
+        return tokens_of_tile(routing.num_rows / weight.num_experts, most)
 
     @staticmethod
     def _banks(weight: Float8Weight, routing: Routing, like: Tensor) -> Iterator[Bank]:
@@ -294,7 +304,12 @@ def modes() -> Iterator[Mode]:
         for stage in (STORE, GRADIENT if flip else SWIGLU):
             for scale in scales:
                 most = MOST_TOKENS["slabs" if scale == SLAB else "codes"]
-                yield from (Mode(wide, flip, scale, stage, tokens, _PRODUCTS) for tokens in _PRICE if tokens <= most)
+                yield from (
+                    Mode(wide, flip, scale, stage, tokens, _PRODUCTS, outer=outer)
+                    for tokens in _PRICE
+                    if tokens <= most
+                    for outer in {False, stage == GRADIENT}
+                )
             if wide:
                 yield from (Mode(wide, flip, NONE, stage, tokens, _PRODUCTS, bank=True) for tokens in _PRICE)
 

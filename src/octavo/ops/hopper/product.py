@@ -49,9 +49,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class LoraStep:
-    """One more step of the contraction: ``xa`` bfloat16 [M, R] times ``factor``, [E, F, R], or [E, R, F] for the input
-    gradient; bfloat16 or float32.
-    """
+    """One more step of the contraction: ``xa`` [M, R] times ``factor`` [E, F, R], both bfloat16, R a multiple of 8."""
 
     xa: Tensor
     factor: Tensor
