@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from importlib.util import find_spec
@@ -119,6 +120,43 @@ def test_a_crashed_run_repeats_its_lost_steps_once_in_the_metrics(tmp_path, chec
     result = train(**tree(checkpoint, chats, out, **settings))
     assert result.resumed_from == out / "checkpoint-4"
     assert losses(out) == whole
+
+
+@pytest.mark.parametrize("state", [None, b'{"epoch": 1.0, "glo'], ids=["missing", "cut"])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, checkpoint, chats, state):
+    out, settings = tmp_path / "run", {"steps": 4, "save_every": 2}
+    train(**tree(checkpoint, chats, out, **settings))
+    whole = losses(out)
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    if state is not None:
+        (out / "checkpoint-4" / "trainer_state.json").write_bytes(state)
+    screen = Screen()
+    result = train(screen, **tree(checkpoint, chats, out, **settings))
+    assert (result.resumed_from, result.step) == (out / "checkpoint-2", 4)
+    assert "not written to its end: checkpoint-4" in screen.getvalue()
+    assert losses(out) == whole
+    assert train(**tree(checkpoint, chats, out, **settings)).resumed_from == out / "checkpoint-4", "written again"
+    with pytest.raises(ConfigError, match="no whole trainer_state"):
+        train(**tree(checkpoint, chats, tmp_path / "other", resume=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", ["old", "cut", "gone"])
+def test_a_run_that_was_killed_before_it_wrote_its_adapter_writes_it(tmp_path, checkpoint, chats, damage):
+    out = tmp_path / "run"
+    train(**tree(checkpoint, chats, out, steps=2, scheduler="constant"))
+    file = out / "adapter" / "adapter_model.safetensors"
+    old = file.read_bytes()
+    train(**tree(checkpoint, chats, out, steps=4, scheduler="constant"))
+    trained = file.read_bytes()
+    assert trained != old
+    if damage == "gone":
+        shutil.rmtree(out / "adapter")
+    else:
+        file.write_bytes(old if damage == "old" else trained[:100])
+    again = train(**tree(checkpoint, chats, out, steps=4, scheduler="constant"))
+    assert (again.step, again.adapter) == (4, out / "adapter")
+    assert file.read_bytes() == trained
+    assert not (out / "adapter" / "optimizer.pt").exists()
 
 
 def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):

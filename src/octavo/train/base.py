@@ -27,7 +27,7 @@ import octavo
 from octavo.errors import ConfigError
 from octavo.integrations.announced import rehearse
 from octavo.train.config import LoraSection, OptimizationSection, RunConfig
-from octavo.train.folder import RunFolder, is_adapter
+from octavo.train.folder import RunFolder
 from octavo.train.interrupt import SaveOnInterrupt
 from octavo.train.meter import GB, peak_memory
 from octavo.train.metrics import MetricsFile
@@ -35,6 +35,7 @@ from octavo.train.outcome import RunResult
 from octavo.train.preview import Preview, say
 from octavo.train.progress import LiveProgress, progress_for
 from octavo.train.proof import GradientProofCallback, ProofReport
+from octavo.train.rescue import SaveOnFailure
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -83,11 +84,13 @@ class BaseRun(ABC):
         self._run_config = config
         self._console = console
         self._interrupt = SaveOnInterrupt()
+        self._rescue = SaveOnFailure()
         self._adapter: Path | None = None
         _require_reporter(train)
         _require_optimizer(train)
         self._folder = RunFolder(config.out)
         self._checkpoint = self._folder.checkpoint(train.resume)
+        self._passed_over = self._folder.cut_off() if train.resume == "auto" else []
 
     def _load(self, args: Any) -> tuple[PreTrainedModel, LoraConfig, Collection[str]]:
         """The model, its adapter's configuration, and the weights that it announces; ``args`` know this rank."""
@@ -122,6 +125,9 @@ class BaseRun(ABC):
                     "fit this one. Choose another `out`, or set these back."
                 )
             Preview(self._console).resume(self._checkpoint, changed)
+        if self._passed_over:
+            names = ", ".join(path.name for path in self._passed_over)
+            say(self._console, f"passed over, because it was not written to its end: {names}", style="yellow")
         if args.should_save:
             self._folder.write_start(config, args.device, args.world_size)
 
@@ -130,11 +136,15 @@ class BaseRun(ABC):
         Preview(self._console).section("training")
         if self._is_finished():
             say(self._console, f"nothing to do: {self._checkpoint} is the last of its steps. Raise them to go on.")
-            self._adapter = self._folder.adapter if is_adapter(self._folder.adapter) else self._checkpoint
+            self._adapter = self._finished_adapter()
             return self.result()
         try:
             with self._interrupt:
                 self.trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)
+        except Exception as error:
+            if (saved := self._rescue.save(self.trainer, error)) is not None:
+                say(self._console, f"saved {saved}: the same command goes on from there, once the error is put right")
+            raise
         finally:
             if isinstance(self._progress, LiveProgress):
                 self._progress.close()
@@ -155,6 +165,7 @@ class BaseRun(ABC):
             return False
         self.trainer.state.global_step, self.trainer.state.max_steps = state.global_step, max_steps
         self.trainer.state.log_history = state.log_history
+        self.trainer.state.best_model_checkpoint = state.best_model_checkpoint
         return True
 
     def result(self) -> RunResult:
@@ -188,8 +199,15 @@ class BaseRun(ABC):
 
     def _callbacks(self) -> list[TrainerCallback]:
         proof = self._proof(lambda report: say(self._console, str(report)))
-        shared = [proof, self._interrupt, MetricsFile(self._folder.metrics), self._progress]
+        shared = [proof, self._interrupt, self._rescue, MetricsFile(self._folder.metrics), self._progress]
         return [*shared, *self._own_callbacks()]
+
+    def _finished_adapter(self) -> Path | None:
+        """Of a run that had come to its end before: the best checkpoint's where it keeps the best."""
+        assert self._checkpoint is not None, "a finished run has its last checkpoint"
+        best = self.trainer.state.best_model_checkpoint if self.trainer.args.load_best_model_at_end else None
+        source = self._checkpoint if best is None else self._folder.path / Path(best).name
+        return self._folder.finish(source) if self.trainer.args.should_save else self._folder.adapter
 
     def _save_adapter(self) -> None:
         self.trainer.save_model(str(self._folder.adapter))

@@ -1,8 +1,11 @@
 """The folder of a run: what was asked, on what it ran, where it can go on, and what came out."""
 
+import filecmp
 import importlib.metadata
 import json
 import platform
+import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 import octavo
 from octavo.errors import ConfigError
@@ -29,6 +32,9 @@ _PACKAGES = (
     "triton",
 )
 _ADAPTER_FILE = "adapter_model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Files of a checkpoint that only resuming needs.
+_STATES = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args")
 
 
 class RunFolder:
@@ -49,20 +55,41 @@ class RunFolder:
             ConfigError: a fresh start would mix with checkpoints that are there, or the named checkpoint is none.
         """
         if resume in ("auto", "never"):
-            last = get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
-            if last is not None and resume == "never":
+            found = self._checkpoints()
+            if found and resume == "never":
                 raise ConfigError(
                     f"`train.resume` is `never`, but {self.path} holds checkpoints of an earlier run, last "
-                    f"{Path(last).name}. Choose another `out`, or `train.resume: auto`."
+                    f"{found[-1].name}. Choose another `out`, or `train.resume: auto`."
                 )
-            return None if last is None else Path(last)
+            return next(filter(is_whole, reversed(found)), None)
         path = Path(resume).expanduser().absolute()
-        if not (path / "trainer_state.json").is_file():
+        if not is_whole(path):
             raise ConfigError(
-                f"`train.resume`: {path} is no checkpoint of a run; it has no trainer_state.json. Name a folder "
+                f"`train.resume`: {path} is no checkpoint of a run; it has no whole trainer_state.json. Name a folder "
                 f"such as {self.path / 'checkpoint-100'}, `auto` or `never`."
             )
         return path
+
+    def cut_off(self) -> list[Path]:
+        """Checkpoints that a run was writing when it was killed."""
+        return [checkpoint for checkpoint in self._checkpoints() if not is_whole(checkpoint)]
+
+    def _checkpoints(self) -> list[Path]:
+        """By step, whole or not."""
+        named = ((path, _CHECKPOINT.fullmatch(path.name)) for path in self.path.glob("checkpoint-*") if path.is_dir())
+        return [path for _, path in sorted((int(match[1]), path) for path, match in named if match)]
+
+    def finish(self, source: Path) -> Path:
+        """The adapter of a run whose last checkpoint is ``source``: as it is in `adapter`, or written there from it.
+
+        A run may have been killed before it wrote its adapter, and that of an earlier end may be there.
+        """
+        if not _same(source / _ADAPTER_FILE, self.adapter / _ADAPTER_FILE) or not is_adapter(self.adapter):
+            self.adapter.mkdir(exist_ok=True)
+            for file in source.iterdir():
+                if file.is_file() and not file.name.startswith(_STATES):
+                    shutil.copyfile(file, self.adapter / file.name)
+        return self.adapter
 
     def changed_keys(self, config: RunConfig) -> list[str]:
         """Dotted keys in which ``config`` differs from the one this folder was started with."""
@@ -81,6 +108,14 @@ class RunFolder:
             self.versions.write_text(json.dumps(versions(device, world_size), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"The run folder {self.path} cannot be written: {error.strerror}.") from error
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the state of the trainer is the last file of it."""
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def is_adapter(path: Path) -> bool:
@@ -120,6 +155,10 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
