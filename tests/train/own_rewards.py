@@ -1,5 +1,9 @@
 """Reward functions as a user would write them, in a file that is no part of a package."""
 
+import numpy
+
+_calls = 0
+
 
 def vowels(completions):
     """The share of vowels: it names what it wants of what trl gives."""
@@ -8,6 +12,18 @@ def vowels(completions):
 
 def length_of_answer(completions, answer, *, times, **columns):
     return [times * len(text) for text in answer]
+
+
+def numpy_ones(completions):
+    return list(numpy.ones(len(completions), dtype=numpy.float32))
+
+
+def fails_on_the_third_call(completions):
+    global _calls
+    _calls += 1
+    if _calls == 3:
+        raise ValueError("an answer that it cannot parse")
+    return vowels(completions)
 
 
 def never(completions, **columns):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 import octavo
@@ -147,6 +147,69 @@ def test_an_interrupted_run_resumes_to_bit_equal_rewards(tmp_path, checkpoint, q
     assert (straight / "completions.jsonl").read_text() == (resumed / "completions.jsonl").read_text()
     one, other = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (straight, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_completion_with_its_own_ends_of_lines_does_not_stop_a_resume(tmp_path, checkpoint, questions):
+    out = tmp_path / "run"
+    run(**tree(checkpoint, questions, out, steps=1))
+    path = out / "completions.jsonl"
+    first, *rest = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    lines = [first | {"completion": "a\u2028b\x85c"}, *rest]
+    whole = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    # And as a crash would leave it, in the middle of a character.
+    path.write_bytes(whole + '{"step": 2, "completion": "é'.encode()[:-1])
+    assert run(**tree(checkpoint, questions, out, steps=2)).step == 2
+    assert path.read_bytes().startswith(whole)
+    assert [line["step"] for line in read_metrics(path)] == [1] * 8 + [2] * 8
+
+
+def test_a_reward_function_that_fails_costs_no_step(tmp_path, checkpoint, questions):
+    settings = {"steps": 4, "prompts": 2}
+    run(**tree(checkpoint, questions, tmp_path / "straight", **settings))
+    out, screen = tmp_path / "run", Screen()
+    failing = tree(checkpoint, questions, out, **settings)
+    failing["rewards"] = [{"function": failing["rewards"][0].replace("vowels", "fails_on_the_third_call")}]
+    with pytest.raises(ValueError, match="cannot parse"):
+        run(screen, **failing)
+    assert f"saved {out / 'checkpoint-2'}" in screen.getvalue()
+    resumed = run(**tree(checkpoint, questions, out, **settings))
+    assert (resumed.resumed_from, resumed.step) == (out / "checkpoint-2", 4)
+    assert metrics(out, "reward") == metrics(tmp_path / "straight", "reward")
+
+
+def test_fewer_prompts_than_a_step_takes_are_refused(tmp_path, checkpoint):
+    """trl would end after no step, and the adapter would be saved as it was drawn."""
+    few = prompts(tmp_path / "few.jsonl", count=1)
+    with pytest.raises(ConfigError, match=r"holds 1 prompts, and a step takes 2 of them: `train\.prompts: 2`"):
+        run(**tree(checkpoint, few, tmp_path / "run"))
+    screen = Screen()
+    run(screen, dry_run=True, **tree(checkpoint, prompts(tmp_path / "odd.jsonl", count=5), tmp_path / "odd"))
+    assert "1 of them, drawn anew in each pass, make no whole step" in screen.getvalue()
+
+
+def test_rewards_that_never_apply_teach_nothing_and_break_nothing(tmp_path, checkpoint, questions):
+    changed = tree(checkpoint, questions, tmp_path / "run", steps=1)
+    changed["rewards"] = [changed["rewards"][0].replace("vowels", "never")]
+    assert run(**changed).step == 1
+    assert metrics(tmp_path / "run", "reward") == [None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("eos", r"has no eos_token, so no completion could end"),
+        ("rows", r"token of id \d+, and the model has 200 embed"),
+    ],
+)
+def test_a_tokenizer_that_does_not_go_with_the_model_is_refused(tmp_path, questions, change, message):
+    folder, tokenizer = tmp_path / "model", byte_tokenizer()
+    fields = {"vocab_size": 200, "eos_token_id": 199, "pad_token_id": 198} if change == "rows" else {}
+    Qwen3MoeForCausalLM(tiny_config(**fields)).save_pretrained(folder)
+    if change == "eos":
+        tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=message):
+        run(**tree(folder, questions, tmp_path / "run"))
 
 
 def test_several_steps_on_the_same_completions(tmp_path, checkpoint, questions):

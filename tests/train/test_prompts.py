@@ -36,7 +36,11 @@ def test_the_last_answer_of_a_chat_becomes_a_column(tmp_path):
         ([{"prompt": []}], r"`prompt` is empty, expected a list of turns"),
         ([{"messages": [{"role": "user", "content": "a"}]}], r"must be a question and the assistant's answer"),
         ([chat(0) | {"answer": "b"}], r"`answer` is there beside `messages`"),
-        ([{"prompt": "a", "completions": 1}], r"the column `completions` has the name of an argument"),
+        ([{"prompt": "a", "completions": 1}], r"the column `completions` has a name that trl takes for itself"),
+        ([{"prompt": "a", "completion": "b"}], r"the column `completion` has a name that trl takes for itself"),
+        ([{"prompt": "a", "image": "b.png"}], r"`image` would not reach the model"),
+        ([chat(0) | {"tools": [{"type": "function"}]}], r"`tools` would not reach the model"),
+        ([{"prompt": "a"}, {"prompt": "\ud83d"}], r"line 2 holds half a character, '\\ud83d'"),
         (
             [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}],
             r"line 2 holds a conversation and line 1 text",

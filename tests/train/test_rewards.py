@@ -30,14 +30,31 @@ def call(function: str, completions: list[object], columns: dict[str, list[objec
         ("STRASSE", "straße"),
         ("an apple", "apple"),
         ("3.14", "3.14"),
-        ("", " . "),
+        ("(-5).", "\N{MINUS SIGN}5"),
+        ("-$5", "-5"),
+        ("(A)", "a"),
+        ("the vitamin A.", "Vitamin a"),
     ],
 )
 def test_normalized(text, same_as):
     assert normalized(text) == normalized(same_as)
 
 
-@pytest.mark.parametrize(("text", "other"), [("3.14", "314"), ("-5", "- 5 6"), ("not so", "so"), ("a b", "c")])
+# Answers that must not be those of an empty completion, or of another number.
+SIGNS_AND_ARTICLES = [
+    ("-5", "5"),
+    (".5", "5"),
+    ("-.5", ".5"),
+    ("A", ""),
+    ("a", "the"),
+    ("Vitamin A", "vitamin"),
+    ("+", "-"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "other"), [("3.14", "314"), ("-5", "- 5 6"), ("not so", "so"), ("a b", "c"), *SIGNS_AND_ARTICLES]
+)
 def test_normalized_keeps_apart(text, other):
     assert normalized(text) != normalized(other)
 
@@ -50,6 +67,10 @@ def test_exact_match_of_text_and_of_turns():
         "exact_match", [" Answer", "answer "], {"key": ["answer"] * 2}, arguments={"column": "key", "normalize": False}
     )
     assert strict == [0, 1]
+
+
+def test_exact_match_does_not_apply_to_a_row_without_an_answer():
+    assert call("exact_match", ["None", "", "a"], {"answer": [None, None, "a"]}) == [None, None, 1]
 
 
 def test_exact_match_says_which_column_it_lacks():
@@ -88,6 +109,8 @@ def test_a_function_of_the_user_gets_what_it_names():
         ({"function": f"{OWN}:needs_more"}, r"missing a required argument: 'solution'.*columns of the data \(answer\)"),
         ({"function": f"{OWN}:vowels", "arguments": {"tmies": 3}}, r"got an unexpected keyword argument 'tmies'"),
         ({"function": f"{OWN}:never", "arguments": {"answer": 3}}, r"the argument `answer` .* from the data"),
+        ({"function": f"{OWN}:never", "name": "std"}, r"called 'std', and `reward_std` is another metric"),
+        ({"function": "exact_match", "arguments": {"column": "key"}}, r"the column 'key', and the data has answer"),
         ({"function": "format"}, r"format needs `arguments: \{pattern"),
         ({"function": "format", "arguments": {"pattern": "("}}, r"'\(' of format is no regular expression"),
     ],
@@ -119,6 +142,16 @@ def test_a_module_that_lacks_a_dependency_keeps_its_own_error(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         load_rewards([section("broken_rewards:f")], [])
+
+
+def test_a_file_that_is_no_python_is_named_with_its_line(tmp_path):
+    (tmp_path / "broken.py").write_text("\ndef f(:\n")
+    with pytest.raises(ConfigError, match=r"broken\.py, line 2 is no Python"):
+        load_rewards([section(f"{tmp_path / 'broken.py'}:f")], [])
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert call(f"{OWN}:numpy_ones", ["a", "b"]) == [1, 1]
 
 
 def test_ready_functions_are_those_that_the_configuration_names():

@@ -149,6 +149,19 @@ def counted_loss(examples: Examples, asked: Loss | Literal["auto"]) -> Loss:
     return loss
 
 
+def require_embedded(rows: int, highest: int, source: str) -> None:
+    """Ask that a model with ``rows`` embeddings has one for every token of the data; ``highest``: the largest id there.
+
+    Raises:
+        ConfigError: it has not; a GPU would say so by an assertion somewhere else.
+    """
+    if highest >= rows:
+        raise ConfigError(
+            f"{source} has a token of id {highest}, and the model has {rows} embeddings: its tokenizer has tokens that "
+            "the checkpoint was not made for. Use the checkpoint's own tokenizer, or resize its embeddings."
+        )
+
+
 def _is_answer(turn: Mapping[str, Any]) -> bool:
     return turn["role"] == "assistant" and bool(turn.get("content") or turn.get("tool_calls"))
 
@@ -160,7 +173,10 @@ def _read_jsonl(path: Path) -> tuple[list[int], list[Any]]:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
+                    if "\\u" in line:
+                        _require_characters(row, path, number)
+                    rows.append(row)
                     numbers.append(number)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from error
@@ -169,6 +185,16 @@ def _read_jsonl(path: Path) -> tuple[list[int], list[Any]]:
     except OSError as error:
         raise ConfigError(f"The data file {path.absolute()} cannot be read: {error.strerror}.") from error
     return numbers, rows
+
+
+def _require_characters(row: object, path: Path, number: int) -> None:
+    """Halves of a character, as ``"\\ud83d"`` alone, are legal JSON and no text."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{path}, line {number} holds half a character, {error.object[error.start]!r}, as cut text does. Remove it."
+        ) from error
 
 
 def _read_parquet(path: Path) -> list[Any]:

@@ -8,9 +8,11 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from octavo.errors import ConfigError
 from octavo.train.arguments import grpo_arguments
 from octavo.train.base import BaseRun, load_tokenizer, quiet
 from octavo.train.completions import CompletionsFile
+from octavo.train.data import require_embedded
 from octavo.train.grpo_config import GrpoConfig
 from octavo.train.grpo_trainer import GrpoTrainer
 from octavo.train.outcome import RunResult
@@ -47,6 +49,10 @@ class GrpoRun(BaseRun):
         self._config = config.resolved()
         super().__init__(self._config, self._config.train, console)
         self.tokenizer = load_tokenizer(self._config)
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(
+                f"The tokenizer of {self._config.model.path} has no eos_token, so no completion could end. Give it one."
+            )
         self.prompts = load_prompts(self._config.data, self.tokenizer)
         self.rewards = load_rewards(self._config.rewards, self.prompts.columns)
         self._completions = CompletionsFile(self._folder.completions)
@@ -57,7 +63,14 @@ class GrpoRun(BaseRun):
         config = self._config
         # First, because it joins the process group and picks this rank's device.
         args = grpo_arguments(config)
+        in_a_step = config.train.prompts * args.world_size
+        if len(prompts) < in_a_step:
+            raise ConfigError(
+                f"{prompts.source} holds {len(prompts)} prompts, and a step takes {in_a_step} of them: `train.prompts: "
+                f"{config.train.prompts}` on {args.world_size} device(s). Lower it, or give more prompts."
+            )
         model, lora, announced = self._load(args)
+        require_embedded(len(model.get_input_embeddings().weight), prompts.highest, prompts.source)
         self.trainer = GrpoTrainer(
             model=model,
             args=args,
@@ -77,6 +90,8 @@ class GrpoRun(BaseRun):
         preview.adapter(self.trainer.model, lora, announced)
         preview.section("data")
         say(self._console, f"train: {prompts.source}, {len(prompts)} prompts of at most {prompts.longest} tokens")
+        if over := len(prompts) % in_a_step:
+            say(self._console, f"{over} of them, drawn anew in each pass, make no whole step and are left out of it")
         train, rollout = config.train, config.rollout
         say(
             self._console,

@@ -43,6 +43,8 @@ _NAMES = {
 }
 # `rewards/NAME/mean` of each reward function is `reward_NAME`.
 _REWARD, _MEAN = "rewards/", "/mean"
+# What a reward function cannot be called, because `reward_NAME` is something else.
+TAKEN_NAMES = frozenset(name.removeprefix("reward_") for name in _NAMES.values() if name.startswith("reward_"))
 
 
 def record(step: int, logs: Mapping[str, Any]) -> dict[str, float]:
@@ -91,9 +93,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    # Bytes, because a crash may cut a character in two, and text has other ends of lines within it, such as U+2028.
+    *whole, _ = path.read_bytes().split(b"\n")
+    yield from map(json.loads, whole)
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -30,7 +30,8 @@ _SHOWN = (
 
 def metrics_text(line: Mapping[str, Any]) -> str:
     """A metrics record as a person reads it."""
-    return "  ".join(form.format(line[key]) for key, form in _SHOWN if key in line)
+    # A reward is None where no function applied to any completion.
+    return "  ".join(form.format(line[key]) for key, form in _SHOWN if line.get(key) is not None)
 
 
 class PlainProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

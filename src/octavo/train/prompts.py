@@ -14,8 +14,12 @@ from octavo.train.grpo_config import PromptsSection
 
 Prompt = str | list[dict[str, Any]]
 
-# Arguments that trl gives to every reward function itself.
-_TAKEN = frozenset({"completions", "completion_ids", "prompts", "trainer_state", "log_extra", "log_metric"})
+# Arguments that trl gives to every reward function itself, and a column that it keeps from them.
+_TAKEN = frozenset(
+    {"completion", "completions", "completion_ids", "prompts", "trainer_state", "log_extra", "log_metric"}
+)
+# Columns that would have to reach the model, and do not.
+_UNREAD = ("image", "images", "tools")
 _SHOWN_PROBLEMS = 5
 
 
@@ -27,8 +31,9 @@ class Prompts:
     source: str
     unit: str
     numbers: tuple[int, ...]
-    # The longest prompt in tokens.
+    # The longest prompt in tokens, and the highest id among all tokens.
     longest: int
+    highest: int
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -70,7 +75,8 @@ def load_prompts(section: PromptsSection, tokenizer: PreTrainedTokenizerBase) ->
             f"{section.train}, {unit} {mixed[0]} holds {kinds[1]} and {unit} {numbers[0]} {kinds[0]}. "
             "Keep prompts of one kind in one source."
         )
-    lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in prepared]
+    tokens = [prompt_ids(tokenizer, row["prompt"]) for row in prepared]
+    lengths = [len(ids) for ids in tokens]
     long = [
         f"{unit} {number}: {length} tokens"
         for number, length in zip(numbers, lengths, strict=True)
@@ -85,7 +91,8 @@ def load_prompts(section: PromptsSection, tokenizer: PreTrainedTokenizerBase) ->
         )
     if empty := [number for number, length in zip(numbers, lengths, strict=True) if length == 0]:
         raise ConfigError(f"{section.train}, {unit} {empty[0]}: the prompt has no token.")
-    return Prompts(_table(prepared, section.train), section.train, unit, tuple(numbers), max(lengths))
+    highest = max(map(max, tokens))
+    return Prompts(_table(prepared, section.train), section.train, unit, tuple(numbers), max(lengths), highest)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -103,7 +110,9 @@ def _problem(row: object) -> str | None:
     if not isinstance(row, dict):
         return f"expected an object with `prompt` or `messages`, found {type(row).__name__}"
     if taken := _TAKEN & row.keys():
-        return f"the column {named(taken)} has the name of an argument that reward functions get anyway; rename it"
+        return f"the column {named(taken)} has a name that trl takes for itself; rename it"
+    if unread := [name for name in _UNREAD if row.get(name)]:
+        return f"`{unread[0]}` would not reach the model; remove it, or rename it if it is for reward functions alone"
     if row.get("prompt") is not None:
         prompt = row["prompt"]
         if isinstance(prompt, str):

@@ -12,14 +12,20 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import ConfigError, OctavoError
 from octavo.train.grpo_config import RewardSection
+from octavo.train.metrics import TAKEN_NAMES
 
 # What trl gives to every reward function, by name.
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_MINUS = frozenset("-\N{MINUS SIGN}")
 
 Completion = str | list[dict[str, Any]]
 Function = Callable[..., Sequence[float | None]]
@@ -35,16 +41,30 @@ def text_of(completion: Completion) -> str:
 
 
 def normalized(text: str) -> str:
-    """Lower case, Unicode compatibility form, without punctuation at the ends of words, articles and extra spaces."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    words = [re.sub(r"^\W+|\W+$", "", word) for word in words]
-    return " ".join(word for word in words if word not in ("", "a", "an", "the"))
+    """Lower case, Unicode compatibility form, without punctuation at the ends of words, articles and extra spaces.
+
+    A number keeps its minus and its leading point; an article that no word follows is an answer of its own, as the
+    choice A; and a text of punctuation alone stays as it is.
+    """
+    written = unicodedata.normalize("NFKC", text).casefold().split()
+    words = [bare for word in written if (bare := _bare(word))]
+    kept = [word for word, after in pairwise([*words, ""]) if not after or word not in _ARTICLES]
+    return " ".join(kept or written)
+
+
+def _bare(word: str) -> str:
+    rest = re.sub(r"^\W+", "", word)
+    before, bare = word.removesuffix(rest), re.sub(r"\W+$", "", rest)
+    if not bare[:1].isdigit():
+        return bare
+    minus = "-" if set(before) & _MINUS else ""
+    return f"{minus}{'.' if before.endswith('.') else ''}{bare}"
 
 
 def exact_match(
     completions: Sequence[Completion], *, column: str = "answer", normalize: bool = True, **columns: Any
-) -> list[float]:
-    """1 where the completion is the text in ``column``, else 0.
+) -> list[float | None]:
+    """1 where the completion is the text in ``column``, else 0; None where the row has no such text.
 
     ``normalize``: compare them as `normalized`; else only without spaces at the ends.
     """
@@ -55,7 +75,7 @@ def exact_match(
         )
     form = normalized if normalize else str.strip
     return [
-        float(form(text_of(completion)) == form(str(answer)))
+        None if answer is None else float(form(text_of(completion)) == form(str(answer)))
         for completion, answer in zip(completions, columns[column], strict=True)
     ]
 
@@ -93,8 +113,15 @@ class Reward:
                 f"`rewards`: the argument `{clash[0]}` of {section.function} is also what it gets from the data. "
                 "Rename one of them."
             )
+        if self.__name__ in TAKEN_NAMES:
+            raise ConfigError(
+                f"`rewards`: {section.function} is called {self.__name__!r}, and `reward_{self.__name__}` is another "
+                "metric. Give it a `name`."
+            )
         if section.function == "format":
             _require_pattern(self._arguments)
+        if section.function == "exact_match":
+            _require_column(self._arguments.get("column", "answer"), columns)
         given = self._accepted({name: [] for name in (*_GIVEN, *columns)} | self._arguments)
         try:
             inspect.signature(self._function).bind(**given)
@@ -126,7 +153,7 @@ class Reward:
                 "of one number each."
             )
         for index, reward in enumerate(rewards):
-            if reward is not None and (not isinstance(reward, int | float) or not math.isfinite(reward)):
+            if reward is not None and (not isinstance(reward, Real) or not math.isfinite(reward)):
                 raise RewardError(
                     f"The reward function {self._where} gave {reward!r} for completion {index} "
                     f"({text_of(completions[index])[:80]!r}); expected a finite number, or None where none applies."
@@ -175,7 +202,10 @@ def _from_file(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"`rewards`: {error.filename}, line {error.lineno} is no Python: {error.msg}.") from error
     return module
 
 
@@ -188,6 +218,14 @@ def _from_package(name: str) -> Any:
         raise ConfigError(
             f"`rewards`: there is no module {name!r} on the path. Install it, or name its file as `file.py:name`."
         ) from error
+
+
+def _require_column(column: object, columns: Sequence[str]) -> None:
+    if column not in columns:
+        raise ConfigError(
+            f"`rewards`: exact_match compares with the column {column!r}, and the data has "
+            f"{', '.join(columns) or 'none beside the prompt'}. Name another by `arguments: {{column: NAME}}`."
+        )
 
 
 def _require_pattern(arguments: Mapping[str, Any]) -> None:

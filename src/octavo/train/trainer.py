@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import octavo
 from octavo.errors import ConfigError
 from octavo.plan.terms import Optimizer
-from octavo.train.data import Examples
+from octavo.train.data import Examples, require_embedded
 from octavo.train.example import IGNORED
 from octavo.train.offload import HiddenStatesOnHost
 from octavo.train.offloaded_optimizer import OffloadsOptimizer
@@ -66,6 +66,8 @@ class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[mi
         graph_layers: bool = False,
     ) -> None:
         """``offload_optimizer``: the ``train.optimizer`` whose states are kept in host memory, if they are."""
+        # Data are prepared before the trainer has its model.
+        self._embedding = model.get_input_embeddings()
         self.preparations: dict[str, Preparation] = {}
         self._sources = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
         super().__init__(
@@ -108,9 +110,11 @@ class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[mi
         except RuntimeError as error:
             # Nothing is computed here, so this is trl's verdict on an example.
             raise ConfigError(f"{source.source} cannot be prepared: {error}") from error
+        highest = max(max(ids) for ids in _column(full, "input_ids"))
+        require_embedded(len(self._embedding.weight), highest, source.source)
         longest = args.max_length if args.max_length is not None else int(1e18)
         examples = truncated = dropped = tokens = counted = 0
-        for index, labels in enumerate(_labels(full)):
+        for index, labels in enumerate(_column(full, "labels")):
             if not any(label != IGNORED for label in labels[1:]):
                 raise ConfigError(
                     f"No token of {source.where(index)} counts in the loss. Remove the example, or look at `data.loss`."
@@ -154,7 +158,7 @@ def _cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _labels(dataset: datasets.Dataset) -> Iterator[list[int]]:
+def _column(dataset: datasets.Dataset, name: str) -> Iterator[list[int]]:
     batch: Mapping[str, list[list[int]]]
-    for batch in dataset.select_columns(["labels"]).iter(batch_size=1000):
-        yield from batch["labels"]
+    for batch in dataset.select_columns([name]).iter(batch_size=1000):
+        yield from batch[name]
