@@ -355,6 +355,7 @@ def test_the_verb_prints_the_result_as_json(tmp_path, checkpoint, questions):
         ({"train": {"prompts": 3, "batch_size": 5}}, r"`batch_size` 5 does not divide the 3 x 8 completions"),
         ({"train": {"iterations": 2}, "rollout": {"replay": True}}, r"`rollout\.replay` needs `train\.iterations: 1`"),
         ({"rollout": {"server": "localhost:8000"}}, r"begins with http"),
+        ({"rollout": {"server": "http://localhost:eight"}}, r"has a host and, if any, a port that is a number"),
         ({"rollout": {"server": "http://x", "replay": True}}, r"a server does not tell"),
         ({"rollout": {"server": "http://x", "numerics": "fp8"}}, r"`numerics` of a server are its own"),
         ({"rollout": {"server": "http://x", "graphs": True}}, r"a server has its own"),

@@ -1,6 +1,8 @@
 """Rollouts by a server that speaks vLLM's protocol: only the adapter moves, and training agrees with its samples."""
 
 import json
+import socket
+import threading
 
 import pytest
 import torch
@@ -254,6 +256,18 @@ def test_a_recorded_answer(tmp_path):
     ("change", "message"),
     [
         (lambda answer: answer["choices"].pop(), r"1 completions for 2 prompts"),
+        (lambda answer: answer["choices"][0].update(index=0), r"for 2 prompts, of index \[0, 0\]"),
+        (lambda answer: answer["choices"][0].pop("index"), r"choices\.0\.index: Field required"),
+        (lambda answer: answer.update(choices=None), r"choices: Input should be a valid"),
+        (lambda answer: answer["choices"][0].update(logprobs=[1]), r"choices\.0\.logprobs: Input should be"),
+        (lambda answer: answer["choices"][1]["logprobs"]["token_logprobs"].pop(), r"of 3 tokens with 2 log-prob"),
+        (lambda answer: answer["choices"][0]["logprobs"].update(tokens=["token_id:-1"]), r"without token ids"),
+        (
+            lambda answer: answer["choices"][0]["logprobs"].update(
+                tokens=["token_id:5"] * 4, token_logprobs=[-1.0] * 4
+            ),
+            r"of 4 tokens .* asked for one of at most 3",
+        ),
         (lambda answer: answer["choices"][0].pop("logprobs"), r"without token ids and log-probabilities"),
         (lambda answer: answer["choices"][0]["logprobs"].update(tokens=["the"]), r"`return_tokens_as_token_ids`"),
     ],
@@ -263,3 +277,29 @@ def test_an_answer_that_cannot_be_used(tmp_path, change, message):
     change(answer)
     with pytest.raises(RolloutError, match=message):
         sampled(tmp_path, answer)
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (b"garbage\r\n\r\n", r"does not answer"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{", r"does not answer: IncompleteRead"),
+        (b"HTTP/1.0 200 OK\r\n\r\n\xff\xfe", r"which is not what vLLM documents"),
+        (b"HTTP/1.0 200 OK\r\n\r\n[]", r"which is not what vLLM documents"),
+        (b"HTTP/1.0 503 Busy\r\n\r\n<html>busy</html>", r"refused with status 503: <html>busy"),
+    ],
+)
+def test_bytes_that_are_no_answer(tmp_path, sent, message):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(sent)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(RolloutError, match=message):
+            client(f"http://127.0.0.1:{listening.getsockname()[1]}", tmp_path)
+        thread.join()

@@ -1,10 +1,19 @@
 """The YAML a person writes for ``octavo grpo``."""
 
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from octavo.train.config import OptimizationSection, RunConfig, Section, absolute, require_kept
+
+
+def _has_host(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 class PromptsSection(Section):
@@ -63,6 +72,8 @@ class RolloutSection(Section):
     def _server_is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("an address begins with http:// or https://")
+        if value is not None and not _has_host(value):
+            raise ValueError("an address has a host and, if any, a port that is a number: http://localhost:8000")
         return None if value is None else value.rstrip("/")
 
     @model_validator(mode="after")

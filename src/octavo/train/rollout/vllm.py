@@ -7,6 +7,7 @@ Used are ``GET /v1/models``, ``POST /v1/load_lora_adapter``, ``POST /v1/unload_l
 """
 
 import json
+import re
 import shutil
 import time
 import urllib.error
@@ -15,15 +16,42 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from octavo.train.rollout.adapter_files import adapter_pairs, write_adapter
 from octavo.train.rollout.sampler import RolloutError, Sample, Synchronization
 
-_TOKEN = "token_id:"
+_TOKEN = re.compile(r"token_id:\d+")
+
+
+class _LogProbs(BaseModel):
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+
+
+class _Choice(BaseModel):
+    index: int
+    logprobs: _LogProbs | None = None
+
+
+class _Completions(BaseModel):
+    choices: list[_Choice]
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +145,11 @@ class VllmServer:
         if self._name is None:
             raise RolloutError("The server has no adapter yet: synchronize before sampling.")
         body = {"model": self._name, "prompt": [list(ids) for ids in prompts], **self._parameters.body()}
-        answer = self._json("/v1/completions", body)
-        choices = sorted(answer.get("choices", []), key=lambda choice: choice["index"])
-        if len(choices) != len(prompts):
+        choices = sorted(self._json(_Completions, "/v1/completions", body).choices, key=lambda choice: choice.index)
+        if [choice.index for choice in choices] != list(range(len(prompts))):
             raise RolloutError(
-                f"{self._address} gave {len(choices)} completions for {len(prompts)} prompts; expected one each."
+                f"{self._address} gave {len(choices)} completions for {len(prompts)} prompts, of index "
+                f"{[choice.index for choice in choices][:20]}; expected one each."
             )
         return [self._sample(choice) for choice in choices]
 
@@ -134,20 +162,25 @@ class VllmServer:
                 self._unload(name)
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
-    def _sample(self, choice: Mapping[str, Any]) -> Sample:
-        found = choice.get("logprobs") or {}
-        tokens, logprobs = found.get("tokens"), found.get("token_logprobs")
-        if not tokens or not logprobs or not all(str(token).startswith(_TOKEN) for token in tokens):
+    def _sample(self, choice: _Choice) -> Sample:
+        found = choice.logprobs or _LogProbs()
+        tokens, logprobs = found.tokens, found.token_logprobs
+        if not tokens or not all(_TOKEN.fullmatch(token) for token in tokens):
             raise RolloutError(
                 f"{self._address} gave a completion without token ids and log-probabilities (`logprobs` is "
-                f"{json.dumps(found)[:80]}). vLLM gives them with `logprobs` and `return_tokens_as_token_ids`."
+                f"{found.model_dump_json()[:80]}). vLLM gives them with `logprobs` and `return_tokens_as_token_ids`."
             )
-        ids = [int(str(token).removeprefix(_TOKEN)) for token in tokens]
+        if len(tokens) != len(logprobs) or len(tokens) > self._parameters.max_new_tokens:
+            raise RolloutError(
+                f"{self._address} gave a completion of {len(tokens)} tokens with {len(logprobs)} log-probabilities, "
+                f"and was asked for one of at most {self._parameters.max_new_tokens} with one each."
+            )
+        ids = [int(token.rpartition(":")[2]) for token in tokens]
         # vLLM writes null where it could not compute one; NaN stops the comparison with the training forward.
-        return Sample(ids, [float("nan") if value is None else float(value) for value in logprobs])
+        return Sample(ids, [float("nan") if value is None else value for value in logprobs])
 
     def _models(self) -> list[str]:
-        return [str(model["id"]) for model in self._json("/v1/models").get("data", [])]
+        return [model.id for model in self._json(_Models, "/v1/models").data]
 
     def _load(self, name: str, folder: Path) -> int:
         return self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})[1]
@@ -155,15 +188,17 @@ class VllmServer:
     def _unload(self, name: str) -> int:
         return self._post("/v1/unload_lora_adapter", {"lora_name": name})[1]
 
-    def _json(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _json(self, kind: type[_Answer], path: str, body: Mapping[str, Any] | None = None) -> _Answer:
         text, _ = self._post(path, body)
         try:
-            answer = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RolloutError(f"{self._address}{path} answered {text[:80]!r}, which is not JSON.") from error
-        if not isinstance(answer, dict):
-            raise RolloutError(f"{self._address}{path} answered {type(answer).__name__}, expected an object.")
-        return answer
+            return kind.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the whole of it"
+            raise RolloutError(
+                f"{self._address}{path} answered {text[:80]!r}, which is not what vLLM documents: {place}: "
+                f"{first['msg']}."
+            ) from error
 
     def _post(self, path: str, body: Mapping[str, Any] | None) -> tuple[str, int]:
         """The answer's text and the bytes that were sent; a GET without ``body``."""
@@ -173,11 +208,11 @@ class VllmServer:
         )
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                return response.read().decode(), len(data or b"")
+                return response.read().decode(errors="replace"), len(data or b"")
         except urllib.error.HTTPError as error:
             raise RolloutError(_refusal(self._address, path, error)) from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", error)
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
             raise RolloutError(
                 f"`rollout.server`: {self._address}{path} does not answer: {reason}. Start vLLM there, or raise "
                 "`rollout.server_timeout`."
