@@ -8,6 +8,7 @@ drops the dense and shared layers of that name, in every form of ``target_module
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,19 @@ def expert_rank_note(model: nn.Module, config: Any) -> str | None:
     )
 
 
-def skeleton(path_or_id: str | Path) -> PreTrainedModel:
-    """The model of a checkpoint on the meta device, unquantized and without weights; reads ``config.json`` only."""
+def skeleton(path_or_id: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device, unquantized and without weights; reads ``config.json`` only.
+
+    ``dtype``: of what the model's code gives none; the config's own unless given.
+    """
     try:
         config = AutoConfig.from_pretrained(path_or_id)
     except OSError as error:
         raise CheckpointError(
             f"{str(path_or_id)!r} is neither a folder with a config.json nor a hub id that can be reached: {error}"
         ) from error
-    return _empty(AutoModelForCausalLM.from_config, config)
+    make = AutoModelForCausalLM.from_config
+    return _empty(make if dtype is None else partial(make, dtype=dtype), config)
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:

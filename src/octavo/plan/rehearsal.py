@@ -122,7 +122,7 @@ def _run(
             del y_BSH, x_BSH
             for parameter in factors:
                 parameter.grad = None
-    except (RuntimeError, TypeError, KeyError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise PlanError(
             f"the layers of {type(base).__name__} cannot be run without numbers, so their memory cannot be planned: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -204,7 +204,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _flash(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     out: Tensor = _Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out, None

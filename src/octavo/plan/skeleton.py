@@ -1,6 +1,7 @@
 """The model of a checkpoint without weights, stored as octavo would store it, with its adapters: what a plan counts."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from octavo.checkpoint.accounting import open_ledger
 from octavo.errors import CheckpointError
 from octavo.formats.scheme import QuantScheme, ScaleLayout, parse_scheme
-from octavo.integrations.claims import claim
+from octavo.integrations.claims import DiskNames, claim, float8_linears
 from octavo.integrations.experts import experts_layout, gate_of
 from octavo.integrations.lora_config import lora_config, skeleton
 from octavo.integrations.peft import install
@@ -56,7 +55,7 @@ def bare_model(checkpoint: str | Path) -> PreTrainedModel:
     folder = Path(checkpoint).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} has no config.json, and a plan is made of what that says.")
-    model = skeleton(checkpoint).to(torch.bfloat16)
+    model = _widened(skeleton(checkpoint, torch.bfloat16))
     storage = _storage(checkpoint, model)
     settings = Settings()
     with torch.device("meta"):
@@ -76,7 +75,7 @@ def bare_model(checkpoint: str | Path) -> PreTrainedModel:
                 static_input=False,
                 settings=settings,
             )
-            narrow.seal()
+            narrow.to(torch.bfloat16).seal()
             model.set_submodule(name, narrow)
     adopt_dense_experts(model, settings)
     model.requires_grad_(False)
@@ -114,6 +113,16 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
+def _widened(model: PreTrainedModel) -> PreTrainedModel:
+    """With what the model's class keeps in float32 in float32, as transformers loads it."""
+    wide = [re.compile(pattern) for pattern in model._keep_in_fp32_modules_strict or ()]
+    stored = model.state_dict(keep_vars=True)
+    for name, tensor in stored.items():
+        if any(pattern.search(name) for pattern in wide):
+            tensor.data = tensor.data.float()
+    return model
+
+
 def _storage(checkpoint: str | Path, model: PreTrainedModel) -> Storage:
     folder = Path(checkpoint).expanduser()
     if folder.is_dir() and any(folder.glob("*.safetensors")):
@@ -131,31 +140,18 @@ def _storage(checkpoint: str | Path, model: PreTrainedModel) -> Storage:
 
 def _by_config(scheme: QuantScheme, model: PreTrainedModel) -> Storage:
     """By the config's rules on the names that tensors have on disk."""
+    names = DiskNames(model)
     experts: dict[str, dict[str, ScaleLayout]] = {}
-    linears: dict[str, ScaleLayout] = {}
-    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
-    head = model.get_output_embeddings()
     for name, module in model.named_modules():
         layout = experts_layout(module)
-        if layout is not None:
-            stacks = {stack: scheme.layout_of(_first_expert(f"{name}.{stack}", converters)) for stack in layout.names}
-            if len(found := {k: v for k, v in stacks.items() if v is not None}) == len(stacks):
-                experts[name] = found
-        elif isinstance(module, nn.Linear) and module is not head:
-            scales = scheme.layout_of(name)
-            if scales is not None:
-                linears[name] = scales
-    return Storage(experts, linears)
-
-
-def _first_expert(stack: str, converters: list[Any]) -> str:
-    """What the first expert's matrix of ``stack`` is called on disk."""
-    for converter in converters:
-        for target in converter._original_target_patterns:
-            if stack.endswith(target) and "*" in (source := str(converter._original_source_patterns[0])):
-                return f"{stack.removesuffix(target)}{source.replace('*', '0').removesuffix('.weight')}"
-    owner, _, leaf = stack.rpartition(".")
-    return f"{owner}.0.{leaf.replace('gate_up_proj', 'gate_proj')}"
+        if layout is None:
+            continue
+        on_disk = {stack: names.first_expert(f"{name}.{stack}") for stack in layout.names}
+        stacks = {stack: None if first is None else scheme.layout_of(first) for stack, first in on_disk.items()}
+        if len(found := {k: v for k, v in stacks.items() if v is not None}) == len(stacks):
+            experts[name] = found
+    linears = {name: scheme.layout_of(names.of(name)) for name in float8_linears(model)}
+    return Storage(experts, {name: scales for name, scales in linears.items() if scales is not None})
 
 
 def _raw_config(checkpoint: str | Path) -> dict[str, Any]:
