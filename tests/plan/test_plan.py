@@ -51,7 +51,7 @@ def real_bytes(model) -> tuple[int, int, int]:
     return codes, scales, sum(size.values())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "dense-tiny"])
 @pytest.mark.parametrize("headers", [True, False], ids=["headers", "config alone"])
 def test_weights_are_those_of_the_loaded_model(name, headers, tmp_path):
     folder = octavo.demo.checkpoint(name)
@@ -311,6 +311,28 @@ def test_what_cannot_be_planned_is_said(tmp_path):
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert CliRunner().invoke(app, ["plan", str(tmp_path)]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nonsense"}, "transformers cannot read the config.json of"),
+        ({"hidden_size": 8}, "transformers cannot read the config.json of"),
+        ({"model_type": "t5"}, "is a t5 model, which AutoModelForCausalLM of transformers does not build"),
+    ],
+)
+def test_a_config_of_no_language_model_is_said_in_one_sentence(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--json"])
+    assert result.exit_code == 1
+    assert message in json.loads(result.stdout)["error"]
+
+
+def test_a_target_that_is_named_twice_is_one():
+    arguments = ["plan", str(octavo.demo.checkpoint("glm-tiny")), "--json", "--target", "experts"]
+    once, twice = (CliRunner().invoke(app, [*arguments, *more]) for more in ([], ["--target", "experts"]))
+    assert once.exit_code == 0
+    assert once.stdout == twice.stdout
 
 
 def test_a_bfloat16_model_has_no_codes(tmp_path):

@@ -106,7 +106,7 @@ def plan(
     adapters = Adapters(
         r=rank,
         expert_rank=expert_rank,
-        targets=tuple(target) if target else Adapters.targets,
+        targets=tuple(dict.fromkeys(target)) if target else Adapters.targets,
         dtype=getattr(torch, adapter_dtype.value),
     )
     request = Request(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from octavo.errors import AdapterError, CheckpointError
 from octavo.integrations.targets import Group, Weight, bare_name, find_weights, shortest_endings
@@ -127,6 +128,16 @@ def skeleton(path_or_id: str | Path, dtype: torch.dtype | None = None) -> PreTra
         raise CheckpointError(
             f"{str(path_or_id)!r} is neither a folder with a config.json nor a hub id that can be reached: {error}"
         ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"transformers cannot read the config.json of {path_or_id}: {str(error).splitlines()[0]} Check model_type, "
+            "and that transformers is new enough for this model."
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{path_or_id} is a {config.model_type} model, which AutoModelForCausalLM of transformers does not build: it "
+            "has no causal language model of that type."
+        )
     make = AutoModelForCausalLM.from_config
     return _empty(make if dtype is None else partial(make, dtype=dtype), config)
 

@@ -310,13 +310,14 @@ def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, b
         offer(f"train.batch_size: {request.batch // 2}", batch=request.batch // 2)
     if request.seq >= 1024:
         offer(f"data.max_length: {request.seq // 2}", seq=request.seq // 2)
-    if "experts" in adapters.targets and len(adapters.targets) > 1:
+    if "experts" in adapters.targets:
         if (adapters.expert_rank or 0) > 1:
             half = (adapters.expert_rank or 2) // 2
             offer(f"lora.expert_rank: {half}", adapters=replace(adapters, expert_rank=half))
         groups = {weight.group for weight in find_weights(model).values()}
         rest = tuple(target for target in adapters.targets if target != "experts" and TARGETS[target] in groups)
-        offer(f"lora.targets: [{', '.join(rest)}]", adapters=replace(adapters, targets=rest))
+        if rest:
+            offer(f"lora.targets: [{', '.join(rest)}]", adapters=replace(adapters, targets=rest))
     config = model.config.get_text_config()
     if request.router_aux_loss is None and getattr(config, "router_aux_loss_coef", None):
         offer("train.router_aux_loss: 0", router_aux_loss=0.0)
