@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from octavo.errors import ConfigError
 from octavo.train.config import load_config
 from octavo.train.metrics import read_metrics
 from octavo.train.trainer import TrainingError
+from octavo.train.watched import SavingError
 
 from .tiny import Screen, byte_tokenizer, chat, tiny_config, train, tree, write_jsonl
 
@@ -157,6 +159,29 @@ def test_a_run_that_was_killed_before_it_wrote_its_adapter_writes_it(tmp_path, c
     assert (again.step, again.adapter) == (4, out / "adapter")
     assert file.read_bytes() == trained
     assert not (out / "adapter" / "optimizer.pt").exists()
+
+
+def test_a_disk_that_is_full_is_told_in_one_sentence_and_costs_the_last_steps_only(tmp_path, checkpoint, chats):
+    out = tmp_path / "run"
+    changed = tree(checkpoint, chats, out, steps=4, save_every=2) | {"lora": {"r": 64}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for what a run writes in text, and not for an adapter of 340 KB.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(SavingError, match=r"The checkpoint of step 2 cannot be written to .*run: .*Make room"):
+            train(**changed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    screen = Screen()
+    assert train(screen, **changed).step == 4
+    assert "not written to its end: checkpoint-2" in screen.getvalue()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_an_out_that_cannot_be_a_folder_is_refused_before_anything_loads(tmp_path, chats, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"`out`: .*file is a file"):
+        train(**tree(tmp_path / "no model", chats, tmp_path / out))
 
 
 def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):

@@ -135,8 +135,8 @@ def skeleton(path_or_id: str | Path, dtype: torch.dtype | None = None) -> PreTra
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"{path_or_id} is a {config.model_type} model, which AutoModelForCausalLM of transformers does not build: it "
-            "has no causal language model of that type."
+            f"{path_or_id} is a {config.model_type} model, which AutoModelForCausalLM of transformers does not build: "
+            "it has no causal language model of that type."
         )
     make = AutoModelForCausalLM.from_config
     return _empty(make if dtype is None else partial(make, dtype=dtype), config)

@@ -36,6 +36,7 @@ from octavo.train.preview import Preview, say
 from octavo.train.progress import LiveProgress, progress_for
 from octavo.train.proof import GradientProofCallback, ProofReport
 from octavo.train.rescue import SaveOnFailure
+from octavo.train.watched import saving
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -89,6 +90,7 @@ class BaseRun(ABC):
         _require_reporter(train)
         _require_optimizer(train)
         self._folder = RunFolder(config.out)
+        self._folder.require_folder()
         self._checkpoint = self._folder.checkpoint(train.resume)
         self._passed_over = self._folder.cut_off() if train.resume == "auto" else []
 
@@ -210,7 +212,8 @@ class BaseRun(ABC):
         return self._folder.finish(source) if self.trainer.args.should_save else self._folder.adapter
 
     def _save_adapter(self) -> None:
-        self.trainer.save_model(str(self._folder.adapter))
+        with saving("The adapter", self._folder.adapter):
+            self.trainer.save_model(str(self._folder.adapter))
         if self.trainer.args.should_save:
             # A pickle of trl's arguments; config.yaml says the same and is safe to read.
             (self._folder.adapter / "training_args.bin").unlink(missing_ok=True)

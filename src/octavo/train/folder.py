@@ -3,6 +3,7 @@
 import filecmp
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -47,6 +48,18 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
         self.adapter = path / "adapter"
+
+    def require_folder(self) -> None:
+        """Ask, before a model is loaded, that the folder can be there.
+
+        Raises:
+            ConfigError: something else is, or the folder above it cannot be written.
+        """
+        above = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not above.is_dir():
+            raise ConfigError(f"`out`: {above} is a file, so {self.path} cannot be a folder. Choose another `out`.")
+        if not os.access(above, os.W_OK):
+            raise ConfigError(f"`out`: {above} cannot be written, so {self.path} cannot be. Choose another `out`.")
 
     def checkpoint(self, resume: str) -> Path | None:
         """The checkpoint to resume from under ``train.resume``, or None for a fresh start.

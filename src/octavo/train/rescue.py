@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from octavo.train.folder import is_whole
-from octavo.train.watched import TrainingError
+from octavo.train.watched import SavingError, TrainingError
 
 
 class SaveOnFailure(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -52,7 +51,7 @@ class SaveOnFailure(TrainerCallback):  # type: ignore[misc]  # transformers is u
             torch.cuda.set_rng_state(self._random["cuda"])
         try:
             trainer._save_checkpoint(trainer.model, trial=None)
-        except (OSError, RuntimeError, SafetensorError):
+        except SavingError:
             # The run's own error is the one to tell; a checkpoint that is not whole is passed over.
             return None
         return folder

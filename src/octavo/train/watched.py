@@ -1,9 +1,13 @@
 """What every trainer says about itself: a loss that is not finite, speed, memory, and how evenly experts are used."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from octavo.errors import OctavoError
 from octavo.train.meter import Meter
@@ -13,11 +17,33 @@ class TrainingError(OctavoError):
     """A run that cannot go on: its loss is not a number any more."""
 
 
+class SavingError(OctavoError):
+    """A checkpoint or an adapter that cannot be written, for want of space mostly."""
+
+
+@contextmanager
+def saving(what: str, folder: Path | str) -> Iterator[None]:
+    """Tell a failure to write ``what`` into ``folder`` in one sentence.
+
+    Raises:
+        SavingError: it failed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors have errors of their own for a disk that is full.
+        raise SavingError(
+            f"{what} cannot be written to {folder}: {str(error).splitlines()[0]}. Make room there; the same command "
+            "goes on from the last checkpoint that is whole."
+        ) from error
+
+
 class Watched:
     """To be inherited before a trainer of transformers or trl, whose ``__init__`` then calls `watch`."""
 
     model: Any
     state: Any
+    args: Any
     accelerator: Any
     add_callback: Any
 
@@ -40,6 +66,10 @@ class Watched:
                     "`train.stop_on_nan: false` to go on regardless."
                 )
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(f"The checkpoint of step {self.state.global_step}", self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second, peak memory and expert load to every training record, for all reporters."""
