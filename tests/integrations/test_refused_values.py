@@ -76,6 +76,12 @@ def test_modules_to_save_that_match_nothing_are_refused(built: Callable[..., Bui
         octavo.lora_config(octavo.load_model(built(layout="ct-channel").folder), modules_to_save=["nope"])
 
 
+@pytest.mark.parametrize("index", [-1, 256])
+def test_tokens_that_the_model_has_not_are_refused(built: Callable[..., Built], index: int) -> None:
+    with pytest.raises(AdapterError, match=rf"names token {index}, and the model has embeddings of 0 to 255"):
+        octavo.lora_config(built(layout="ct-channel").folder, trainable_token_indices=[3, index])
+
+
 def test_the_output_of_an_fp8_layer_may_be_modified_in_place() -> None:
     layer = float8_linear()
     x = torch.randn(2, 3, 96, requires_grad=True)

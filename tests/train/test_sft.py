@@ -184,6 +184,14 @@ def test_an_out_that_cannot_be_a_folder_is_refused_before_anything_loads(tmp_pat
         train(**tree(tmp_path / "no model", chats, tmp_path / out))
 
 
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash attention is there")
+def test_an_attention_that_is_not_installed_is_said_in_one_sentence(tmp_path, checkpoint, chats):
+    changed = tree(checkpoint, chats, tmp_path / "run")
+    changed["model"] |= {"attention": "flash_attention_2"}
+    with pytest.raises(ConfigError, match=r"`model\.attention: flash_attention_2` cannot be had here: .*`auto`"):
+        train(**changed)
+
+
 def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):
     out = tmp_path / "run"
     train(**tree(checkpoint, chats, out, steps=2, save_every=1))

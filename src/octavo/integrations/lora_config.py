@@ -84,6 +84,7 @@ def lora_config(
     for name in modules_to_save or ():
         if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
             raise AdapterError(f"modules_to_save names {name!r}, and no module of {type(model).__name__} ends in it.")
+    _check_tokens(model, trainable_token_indices or ())
     alpha = r if alpha is None else alpha
     pattern = "|".join(re.escape(name) for name in parameters.get("experts", ()))
     rank = expert_rank or (max(1, r // _top_k(model)) if pattern else r)
@@ -103,6 +104,14 @@ def lora_config(
         init_lora_weights=init,
         task_type=task_type,
     )
+
+
+def _check_tokens(model: Any, indices: Sequence[int]) -> None:
+    rows = len(model.get_input_embeddings().weight) if indices else 0
+    if outside := [index for index in indices if not 0 <= index < rows]:
+        raise AdapterError(
+            f"trainable_token_indices names token {outside[0]}, and the model has embeddings of 0 to {rows - 1}."
+        )
 
 
 def expert_rank_note(model: nn.Module, config: Any) -> str | None:

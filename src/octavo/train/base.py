@@ -101,16 +101,24 @@ class BaseRun(ABC):
             self._console = Console(quiet=True)
         self._progress = progress_for(self._console)
         say(self._console, f"loading {config.model.path}")
-        model = octavo.load_model(
-            config.model.path,
-            numerics=config.model.numerics,
-            engine=config.model.engine,
-            activations=config.model.activations,
-            experts=config.model.experts,
-            dtype=getattr(torch, config.model.dtype),
-            revision=config.model.revision,
-            attn_implementation=None if config.model.attention == "auto" else config.model.attention,
-        )
+        try:
+            model = octavo.load_model(
+                config.model.path,
+                numerics=config.model.numerics,
+                engine=config.model.engine,
+                activations=config.model.activations,
+                experts=config.model.experts,
+                dtype=getattr(torch, config.model.dtype),
+                revision=config.model.revision,
+                attn_implementation=None if config.model.attention == "auto" else config.model.attention,
+            )
+        except ImportError as error:
+            if config.model.attention == "auto":
+                raise
+            raise ConfigError(
+                f"`model.attention: {config.model.attention}` cannot be had here: {str(error).splitlines()[0]} Leave "
+                "it at `auto`."
+            ) from error
         lora = adapter_config(model, config.lora)
         return model, lora, rehearse(model, lora).named
 
