@@ -305,6 +305,16 @@ def test_steps_without_a_difference_in_reward_prove_nothing_and_break_nothing(tm
     assert metrics(tmp_path / "run", "grad_norm") == [0, 0, 0]
 
 
+def test_steps_whose_completions_are_all_masked_prove_nothing_and_break_nothing(tmp_path, checkpoint, questions):
+    """They have advantages, and no gradient: the adapter is not to blame."""
+    screen = Screen()
+    assert run(screen, **tree(checkpoint, questions, tmp_path / "run", mask_truncated=True)).step == 3
+    assert "tensors proven" not in screen.getvalue()
+    assert metrics(tmp_path / "run", "completions_truncated")[0] == 1
+    assert metrics(tmp_path / "run", "grad_norm")[0] == 0
+    assert metrics(tmp_path / "run", "reward_std")[0] > 0
+
+
 def test_a_sampler_that_disagrees_stops_the_run_before_a_step(tmp_path, questions):
     glm = octavo.demo.checkpoint("glm-tiny")
     changed = tree(glm, questions, tmp_path / "run", steps=1)

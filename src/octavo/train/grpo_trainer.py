@@ -81,7 +81,7 @@ class GrpoTrainer(Watched, OffloadsOptimizer, trl.GRPOTrainer):  # type: ignore[
         )
 
     def has_signal(self) -> bool:
-        """Whether any completion of the step at hand, on any rank, had an advantage: if not, gradients are zero."""
+        """Whether any token of the step at hand, on any rank, had an advantage: if not, gradients are zero."""
         found = bool(self.accelerator.reduce(self._signal, reduction="sum") > 0)
         self._signal = torch.zeros_like(self._signal)
         return found
@@ -154,7 +154,9 @@ class GrpoTrainer(Watched, OffloadsOptimizer, trl.GRPOTrainer):  # type: ignore[
             # Kept until the next forward: layers that are computed again in the backward must choose the same.
             self._replay.force(inputs[_ROUTED])
         loss: Tensor = super()._compute_loss(model, inputs)
-        self._signal += inputs["advantages"].abs().sum().to(self._signal)
+        # Completions that are masked, as truncated ones may be, have an advantage and no gradient.
+        advantages_BC = inputs["advantages"].reshape(len(inputs["completion_mask"]), -1) * inputs["completion_mask"]
+        self._signal += advantages_BC.abs().sum().to(self._signal)
         # Later steps on the same completions have moved on; that difference is what clipping is for.
         if self.state.global_step == self._synchronized_at:
             assert self._last_logps_BC is not None, "the loss has computed them"
