@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -175,6 +176,32 @@ def test_a_reward_function_that_fails_costs_no_step(tmp_path, checkpoint, questi
     resumed = run(**tree(checkpoint, questions, out, **settings))
     assert (resumed.resumed_from, resumed.step) == (out / "checkpoint-2", 4)
     assert metrics(out, "reward") == metrics(tmp_path / "straight", "reward")
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"epsilon_cutoff": 0.5},
+        {"sequence_bias": [[[5], 50.0]]},
+        {"watermarking_config": {"bias": 9.0}},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"temperature": 0.1, "top_k": 2, "top_p": 0.1, "repetition_penalty": 5.0},
+    ],
+    ids=lambda habit: next(iter(habit)),
+)
+def test_the_checkpoints_habits_of_sampling_are_left_out(tmp_path, checkpoint, questions, habit):
+    """``generate`` would follow its generation_config.json where the trainer says nothing."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | {"do_sample": True} | habit))
+    for path, out in ((checkpoint, tmp_path / "without"), (folder, tmp_path / "with")):
+        run(**tree(path, questions, out, steps=1))
+    assert (tmp_path / "with" / "completions.jsonl").read_bytes() == (
+        tmp_path / "without" / "completions.jsonl"
+    ).read_bytes()
 
 
 def test_fewer_prompts_than_a_step_takes_are_refused(tmp_path, checkpoint):

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
@@ -65,6 +66,7 @@ class ModelSampler:
             torch.no_grad(),
             trainer.accelerator.autocast(),
             _evaluating(model),
+            _without_habits(model),
             _computing(model, self._numerics),
         ):
             if self._recorder is not None:
@@ -146,6 +148,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+@contextmanager
+def _without_habits(model: Any) -> Iterator[None]:
+    """Without the checkpoint's ``generation_config.json``: what the trainer leaves open ``generate`` would take from
+    there, and sample from another distribution than the log-probabilities are of.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
 
 
 @contextmanager
