@@ -37,6 +37,7 @@ def test_the_last_answer_of_a_chat_becomes_a_column(tmp_path):
         ([{"messages": [{"role": "user", "content": "a"}]}], r"must be a question and the assistant's answer"),
         ([chat(0) | {"answer": "b"}], r"`answer` is there beside `messages`"),
         ([{"prompt": "a", "completions": 1}], r"the column `completions` has a name that trl takes for itself"),
+        ([{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2.5}], r"column `answer` .* 1 would become 1\.0"),
         ([{"prompt": "a", "completion": "b"}], r"the column `completion` has a name that trl takes for itself"),
         ([{"prompt": "a", "image": "b.png"}], r"`image` would not reach the model"),
         ([chat(0) | {"tools": [{"type": "function"}]}], r"`tools` would not reach the model"),

@@ -192,6 +192,16 @@ def test_an_attention_that_is_not_installed_is_said_in_one_sentence(tmp_path, ch
         train(**changed)
 
 
+def test_a_dry_run_leaves_the_record_of_a_run_as_it_is(tmp_path, checkpoint, chats):
+    out = tmp_path / "run"
+    train(**tree(checkpoint, chats, out))
+    before = (out / "config.yaml").read_text()
+    train(dry_run=True, **tree(checkpoint, chats, out, lr=5e-3, steps=9))
+    assert (out / "config.yaml").read_text() == before
+    train(**tree(checkpoint, chats, out, lr=5e-3, steps=4))
+    assert (out / "config.yaml").read_text() != before
+
+
 def test_how_a_run_resumes_is_the_users_choice(tmp_path, checkpoint, chats):
     out = tmp_path / "run"
     train(**tree(checkpoint, chats, out, steps=2, save_every=1))

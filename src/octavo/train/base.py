@@ -123,7 +123,7 @@ class BaseRun(ABC):
         return model, lora, rehearse(model, lora).named
 
     def _ready(self) -> None:
-        """The last checks, and the start of the run's folder."""
+        """The last checks, and the record of a new run; that of an old one stays, because a dry run ends here."""
         # transformers adds it where its own progress bar is off; ours take its place.
         self.trainer.remove_callback(PrinterCallback)
         config, args = self._run_config, self.trainer.args
@@ -138,7 +138,7 @@ class BaseRun(ABC):
         if self._passed_over:
             names = ", ".join(path.name for path in self._passed_over)
             say(self._console, f"passed over, because it was not written to its end: {names}", style="yellow")
-        if args.should_save:
+        if args.should_save and not self._folder.config.exists():
             self._folder.write_start(config, args.device, args.world_size)
 
     def train(self) -> RunResult:
@@ -148,6 +148,9 @@ class BaseRun(ABC):
             say(self._console, f"nothing to do: {self._checkpoint} is the last of its steps. Raise them to go on.")
             self._adapter = self._finished_adapter()
             return self.result()
+        args = self.trainer.args
+        if args.should_save:
+            self._folder.write_start(self._run_config, args.device, args.world_size)
         try:
             with self._interrupt:
                 self.trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)

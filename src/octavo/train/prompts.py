@@ -143,9 +143,15 @@ def _listed(what: str, problems: Sequence[str]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], source: str) -> datasets.Dataset:
+    # `datasets` would take the columns of the first row alone.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    for name in columns:
+        if {int, float} <= {type(row.get(name)) for row in rows}:
+            raise ConfigError(
+                f"The column `{name}` of {source} holds whole numbers and others, and 1 would become 1.0 beside 2.5. "
+                "Write them as text."
+            )
     try:
-        # `datasets` would take the columns of the first row alone.
-        columns = dict.fromkeys(name for row in rows for name in row)
         return datasets.Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise ConfigError(f"The rows of {source} do not share one shape: {error}.") from error
