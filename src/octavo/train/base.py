@@ -152,12 +152,8 @@ class BaseRun(ABC):
         if args.should_save:
             self._folder.write_start(self._run_config, args.device, args.world_size)
         try:
-            with self._interrupt:
+            with self._rescue.watching(self.trainer, self._saved), self._interrupt:
                 self.trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)
-        except Exception as error:
-            if (saved := self._rescue.save(self.trainer, error)) is not None:
-                say(self._console, f"saved {saved}: the same command goes on from there, once the error is put right")
-            raise
         finally:
             if isinstance(self._progress, LiveProgress):
                 self._progress.close()
@@ -214,6 +210,9 @@ class BaseRun(ABC):
         proof = self._proof(lambda report: say(self._console, str(report)))
         shared = [proof, self._interrupt, self._rescue, MetricsFile(self._folder.metrics), self._progress]
         return [*shared, *self._own_callbacks()]
+
+    def _saved(self, checkpoint: Path) -> None:
+        say(self._console, f"saved {checkpoint}: the same command goes on from there, once the error is put right")
 
     def _finished_adapter(self) -> Path | None:
         """Of a run that had come to its end before: the best checkpoint's where it keeps the best."""
