@@ -143,6 +143,8 @@ def test_kernels_have_a_stage():
     assert stage_of("void flash_fwd_kernel<...>") == "attention"
     assert stage_of("nvjet_tst_128x256_64x4") == "products"
     assert stage_of("void at::native::vectorized_elementwise_kernel<4>") == "elementwise"
+    for ours in ("product", "rows_kernel", "both_kernel", "sum_tiles_kernel", "combine_kernel", "place_kernel"):
+        assert stage_of(ours) == "experts"
     assert stage_of("something") == "other"
     assert _union([(0, 2), (1, 3), (5, 6)]) == 4
     assert profiled(lambda: None, torch.device("cpu")) == {}

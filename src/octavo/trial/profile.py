@@ -10,7 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 # Tried in order on the name of a kernel.
 _STAGES = (
     ("attention", r"flash|fmha|attention|cudnn.*sdpa|mem_eff"),
-    ("experts", r"grouped|expert|_product|pass_rows|combine|sort_pairs|dequantize|outer_kernel|moe"),
+    (
+        "experts",
+        r"^product$|grouped|expert|_product|^(product|rows|round|both|outer|combine|dequantize|interleave|count|place|pairs|"
+        r"dots|transpose)_kernel|^sum_(parts|chunks|tiles)_kernel|moe",
+    ),
     ("products", r"gemm|cutlass|cublas|nvjet|matmul|splitKreduce"),
     ("optimizer", r"adam|multi_tensor|foreach"),
     ("loss", r"_forward_kernel|_backward_kernel|softmax|nll|cross_entropy"),
