@@ -178,6 +178,24 @@ def test_experts_on_the_host_leave_a_ring(planner):
     assert any(change.says == "model.experts: host" and change.same_run for change in planner.changes(base))
 
 
+def test_recorded_layers_hold_one_layers_memory_all_the_time(planner):
+    """While the loss is computed too, which may lend that of layers that are not recorded."""
+    base = Request(planner.checkpoint, NARROW, seq=4096)
+    plan, recorded = planner.plan(base), planner.plan(replace(base, graphs=True))
+    assert plan.recordings == 0
+    assert recorded.recordings > max(plan.transient, 0)
+    rest = recorded.peak - recorded.recordings
+    assert plan.peak - plan.transient < rest
+    assert recorded.peak < plan.peak + plan.transient + recorded.loss + recorded.gradients
+    change = next(
+        change for change in planner.changes(replace(base, graphs=True)) if change.says.startswith("train.gr")
+    )
+    assert (change.says, change.saves) == ("train.graphs: false", recorded.peak - plan.peak)
+    # without checkpointing nothing is recorded
+    kept = replace(base, checkpointing=False)
+    assert planner.plan(replace(kept, graphs=True)) == planner.plan(kept)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
 def test_optimizer_states_on_the_host_pass_through_in_the_step(planner, optimizer):
     """Every other term is as it was, and in the step itself no more is there than pieces in flight."""

@@ -22,6 +22,7 @@ _WHAT = {
     "scales": "scales, float32",
     "plain": "everything else of the model, bfloat16",
     "ring": "buffers for layers of experts on the host",
+    "recordings": "layers as CUDA graphs",
     "adapters": "adapters",
     "optimizer": "optimizer states",
     "gradients": "gradients",
@@ -85,6 +86,7 @@ def plan(
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = True,
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
     offload_optimizer: Annotated[bool, typer.Option(help="Keep optimizer states in host memory.")] = False,
+    graphs: Annotated[bool, typer.Option(help="Replay checkpointed layers as CUDA graphs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Memory of a run by term, in decimal GB, whether it fits a GPU, and what to change. Reads no weights."""
@@ -97,6 +99,8 @@ def plan(
         )
     if offload_optimizer and optimizer == Optimizer.SGD:
         raise ConfigError("--offload-optimizer moves the optimizer's states, and sgd keeps none; leave it out.")
+    if graphs and not checkpointing:
+        raise ConfigError("--graphs take the place of gradient checkpointing; leave out --no-checkpointing.")
     # Imported late: help and a wrong call should not wait for torch.
     import torch
 
@@ -121,6 +125,7 @@ def plan(
         checkpointing=checkpointing,
         offload_hidden_states=offload_hidden_states,
         offload_optimizer=offload_optimizer,
+        graphs=graphs,
     )
     planner = Planner(checkpoint)
     found = planner.plan(request)
@@ -172,7 +177,7 @@ def to_table(result: dict[str, Any]) -> Group:
     table.add_column("at the peak")
     table.add_column("GB", justify="right")
     for name, value in result["terms_gb"].items():
-        if name != "ring" or value:
+        if value or name not in ("ring", "recordings"):
             table.add_row(_WHAT[name], f"{value:.2f}")
     table.add_section()
     table.add_row("peak", f"{result['peak_gb']:.2f}")

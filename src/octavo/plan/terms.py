@@ -53,6 +53,7 @@ class Request:
     checkpointing: bool = True
     offload_hidden_states: bool = False
     offload_optimizer: bool = False
+    graphs: bool = False
     router_aux_loss: float | None = None
 
 
@@ -60,12 +61,14 @@ class Request:
 class Plan:
     """Bytes of the GPU by term at the peak of a step; ``moment`` says when that is. ``ring``: buffers for layers of
     experts that are kept in host memory, ``host`` bytes of it; ``host_optimizer``: bytes of it for optimizer states.
+    ``recordings``: what CUDA graphs of layers hold all the time, one layer's transient memory and their buffers.
     """
 
     codes: int
     scales: int
     plain: int
     ring: int
+    recordings: int
     adapters: int
     optimizer: int
     gradients: int
@@ -148,6 +151,11 @@ class Planner:
         loss, kept_for_loss = _loss_bytes(request, config, tokens)
         kept = _kept(request, costs, hidden)
         first = 0 if request.grad_accumulation == 1 else gradients
+        recorded = request.graphs and request.checkpointing
+        recordings = 0
+        if recorded:
+            # Graphs share the memory of the largest, a layer's input, its gradient, and its factors' gradients.
+            recordings = max(cost.transient for cost in costs) + 2 * hidden + max(per_layer) * size
         moments = {"the loss": (sum(kept) + kept_for_loss, first, 0, loss, 0)}
         # Backward from the last layer to the first: less and less is kept, more and more gradients are there.
         done = 0
@@ -157,16 +165,19 @@ class Planner:
             moments[f"the backward pass of layer {index}"] = (
                 sum(kept[: index + 1]),
                 there,
-                costs[index].transient if request.checkpointing else costs[index].transient - costs[index].kept,
+                # outside of a graph: the gradient that comes in and the one that goes out
+                2 * hidden
+                if recorded
+                else costs[index].transient - (0 if request.checkpointing else costs[index].kept),
                 0,
                 0,
             )
         moments["the optimizer's step"] = (0, gradients, 0, 0, passes)
         moment, (held, grads, transient, loss, passing) = max(moments.items(), key=lambda item: sum(item[1]))
-        slack = round(_SLACK * (held + grads + transient + loss + passing))
+        slack = round(_SLACK * (recordings + held + grads + transient + loss + passing))
         return Plan(
-            codes, scales, plain, ring, adapters, stays + passing, grads, held, max(0, transient), loss, slack, moment,
-            host, host_optimizer,
+            codes, scales, plain, ring, recordings, adapters, stays + passing, grads, held, max(0, transient), loss,
+            slack, moment, host, host_optimizer,
         )  # fmt: skip
 
     def changes(self, request: Request) -> list[Change]:
@@ -299,6 +310,8 @@ def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, b
         offer("train.offload_hidden_states: true", same_run=True, offload_hidden_states=True)
     if not request.offload_optimizer and request.optimizer != "sgd":
         offer("train.offload_optimizer: true", same_run=True, offload_optimizer=True)
+    if request.graphs and request.checkpointing:
+        offer("train.graphs: false", same_run=True, graphs=False)
     if request.optimizer != "adamw_8bit" or adapters.dtype != torch.bfloat16:
         offer(
             "train.optimizer: adamw_8bit and lora.dtype: bfloat16",

@@ -211,8 +211,8 @@ class TrainSection(OptimizationSection):
     )
     graphs: Literal["auto"] | bool = Field(
         False,
-        description="Replay checkpointed decoder layers as CUDA graphs, faster and in more memory, which `octavo plan` "
-        "does not count; `auto`: on one GPU, without dropout.",
+        description="Replay checkpointed decoder layers as CUDA graphs, faster and in more memory (`octavo plan "
+        "--graphs`, which was not measured yet); `auto`: on one GPU, without dropout.",
     )
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
     eval_on_start: bool = Field(False, description="Evaluate once before the first step.")

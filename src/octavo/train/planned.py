@@ -30,6 +30,7 @@ def planned(config: SftConfig) -> Plan:
         checkpointing=train.gradient_checkpointing != "none",
         offload_hidden_states=train.offload_hidden_states,
         offload_optimizer=train.offload_optimizer,
+        graphs=torch.cuda.is_available() and not lora.dropout if train.graphs == "auto" else train.graphs,
         router_aux_loss=train.router_aux_loss,
     )
     return Planner(config.model.path).plan(request)

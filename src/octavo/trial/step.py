@@ -296,6 +296,7 @@ def _plan(row: Row) -> int:
         optimizer=row.optimizer,
         offload_hidden_states=row.offload_hidden_states,
         offload_optimizer=row.offload_optimizer,
+        graphs=row.graphs,
         experts=row.experts,
     )
     return Planner(row.checkpoint).plan(request).peak
