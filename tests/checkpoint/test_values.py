@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.checkpoint import values
-from octavo.checkpoint.values import check_codes, check_scales
+from octavo.checkpoint.values import check_codes, check_numbers, check_scales
 from octavo.errors import CheckpointError
 
 
@@ -84,3 +84,17 @@ def test_views_and_nothing():
     check_codes("x", codes[:, 1::2])
     with pytest.raises(CheckpointError, match=r"first at \[3, 2\]"):
         check_codes("x", codes[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_that_is_nan_is_named_with_its_place(dtype):
+    weight = torch.randn(7, 5).to(dtype)
+    named = [("codes", torch.full((3,), 255, dtype=torch.uint8)), ("empty", weight[:0]), ("a.weight", weight)]
+    check_numbers(named)
+    weight[3, 4] = weight[6, 0] = math.nan
+    with pytest.raises(CheckpointError, match=r"'a\.weight' has 2 of 35 numbers that are NaN, first at \[3, 4\]"):
+        check_numbers(named)
+
+
+def test_infinities_and_large_sums_are_no_nan():
+    check_numbers([("x", torch.tensor([math.inf, -math.inf, 1.0])), ("y", torch.full((9,), 6e4, dtype=torch.float16))])

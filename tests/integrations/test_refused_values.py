@@ -43,6 +43,18 @@ def test_integers_are_not_cast_to_weights(built: Callable[..., Built], tmp_path:
         octavo.load_model(folder)
 
 
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.gate.weight"])
+@pytest.mark.parametrize("layout", ["ct-channel", "bf16"])
+def test_plain_weights_that_are_nan_are_named(
+    built: Callable[..., Built], tmp_path: Path, key: str, layout: str
+) -> None:
+    """Before a step: an embedding's row may be met late."""
+    folder = copy_of(built(layout=layout), tmp_path / "copy")
+    edit_tensors(folder, lambda tensors: tensors[key].view(-1)[-1:].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=rf"'{key}' has 1 of \d+ numbers that are NaN"):
+        octavo.load_model(folder)
+
+
 def test_gate_and_up_may_not_trade_rows(built: Callable[..., Built], tmp_path: Path) -> None:
     """160 rows each make a stack of 320, and so do 200 and 120."""
     recipe = RECIPES["ct-channel"]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.checkpoint.accounting import Ledger, open_ledger
 from octavo.checkpoint.stream import TORCH_DTYPES
-from octavo.checkpoint.values import check_codes, check_scales
+from octavo.checkpoint.values import check_codes, check_numbers, check_scales
 from octavo.errors import CheckpointError, EngineError
 from octavo.integrations import conversions
 from octavo.integrations.claims import Claims, Float8Target, StackedTarget, claim
@@ -249,9 +250,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Float8Experts | Float8Linear):
                 module.seal()
         check_values(model, self.claims)
-        self._keep_on_host(model)
         for problem in (op.problem for op in self._dense if op.problem is not None):
             raise problem
+        check_plain_values(model)
+        self._keep_on_host(model)
         prepare(model, self.settings)
         self._finish_plain_experts(model)
         conversions.order_for_saving(model)
@@ -342,6 +344,15 @@ def check_values(model: PreTrainedModel, claims: Claims) -> None:
         if target.static_input:
             name = "input_scale" if isinstance(owner, Float8Linear) else f"{target.parameter}_input_scale"
             _check_static_inputs(target, unsealed(owner.get_parameter(name)))
+
+
+def check_plain_values(model: nn.Module) -> None:
+    """Check every weight of ``model`` that is not quantized; of a sharded one, what is here.
+
+    Raises :class:`CheckpointError` naming the tensor.
+    """
+    parameters = ((name, parameter.data) for name, parameter in model.named_parameters())
+    check_numbers((name, t.to_local() if isinstance(t, DTensor) else t) for name, t in parameters)
 
 
 def _check_static_inputs(target: Float8Target, inputs: Tensor) -> None:

@@ -32,6 +32,7 @@ from octavo.integrations.quantizer import (
     OctavoConfig,
     OctavoQuantizer,
     Residence,
+    check_plain_values,
     configure,
     prepare,
     require_experts,
@@ -69,8 +70,8 @@ def load_model(
     which each layer is copied ahead of its turn. ``dtype``: of activations and of everything unquantized.
     ``device_map``: as in transformers; ``None`` places the model on the current accelerator, or the CPU.
 
-    Every tensor of the checkpoint is accounted for before a byte is read, and every scale and code is checked once
-    loaded. No global state of transformers changes.
+    Every tensor of the checkpoint is accounted for before a byte is read, and every scale, code and plain weight is
+    checked once loaded. No global state of transformers changes.
 
     Raises :class:`octavo.errors.CheckpointError`, with nothing left loaded, and :class:`octavo.errors.EngineError`.
     """
@@ -113,6 +114,7 @@ def load_model(
         model = _load_float8(folder, config, ledger, settings, experts, how)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **how)
+        check_plain_values(model)
         if engine != "stock":
             prepare(model, settings)
     if activations == "fp8":
