@@ -75,6 +75,18 @@ def test_plain_checkpoints_load_as_in_transformers(built: Callable[..., Built], 
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.parametrize("numerics", ["fp8", "fp8_grad"])
+def test_numerics_of_fp8_are_refused_where_nothing_is_in_fp8(built: Callable[..., Built], numerics: str) -> None:
+    """Else a run would say fp8 and compute exactly."""
+    folder = built(layout="bf16", arch="glm").folder
+    with pytest.raises(EngineError, match=f"numerics '{numerics}' is about products with FP8 weights, and Glm"):
+        octavo.load_model(folder, numerics=numerics)
+    model = octavo.load_model(folder)
+    with pytest.raises(EngineError, match="has none: nothing would change"):
+        octavo.configure(model, numerics=numerics)
+    assert all(m.settings == Settings() for m in model.modules() if isinstance(m, DenseExperts))
+
+
 def test_configure_changes_every_module_or_none(built: Callable[..., Built]) -> None:
     model = octavo.load_model(built(layout="fp8-block").folder)
     with pytest.raises(EngineError, match="engine 'dequant' cannot compute numerics 'fp8'"):

@@ -417,7 +417,13 @@ def prepare(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def _check_engines(model: nn.Module, settings: Settings) -> None:
-    """Raise unless the engine asked for can run every layer of ``model`` where that is now."""
+    """Raise unless the engine asked for can run every layer of ``model`` where that is now, and does what it says."""
+    quantized = any(isinstance(module, Float8Experts | Float8Linear) for module in model.modules())
+    if not quantized and settings.numerics != "exact":
+        raise EngineError(
+            f"numerics {settings.numerics!r} is about products with FP8 weights, and {type(model).__name__} has none: "
+            "nothing would change. Leave numerics at 'exact', or load a checkpoint in FP8."
+        )
     for module in model.modules():
         if isinstance(module, OctavoExperts):
             settings.choose(module.layer(module.device, None))
