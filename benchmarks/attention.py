@@ -8,15 +8,15 @@ count half of the square, and a backward of 2.5 forwards. A backend that does no
 
 import argparse
 import json
-import statistics
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from octavo.bench.timing import launched_ms
 
 # query heads, key and value heads, head size
 SHAPES = {"glm": (20, 20, 256), "qwen3-coder": (32, 4, 128), "qwen3-8b": (32, 8, 128)}
@@ -27,18 +27,6 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-
-
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    for _ in range(2):
-        step()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def measured(model: str, tokens: int, backend: str, repeats: int) -> dict[str, object]:
@@ -69,8 +57,8 @@ def measured(model: str, tokens: int, backend: str, repeats: int) -> dict[str, o
             out = forward()
             grad = torch.randn_like(out)
             with torch.no_grad():
-                ahead = milliseconds(forward, repeats)
-            both = milliseconds(lambda: torch.autograd.grad(forward(), (query, key, value), grad), repeats)
+                ahead = launched_ms(forward, repeats)
+            both = launched_ms(lambda: torch.autograd.grad(forward(), (query, key, value), grad), repeats)
     except RuntimeError as error:
         return row | {"problem": str(error).splitlines()[0]}
     return row | {

@@ -9,7 +9,8 @@ A layer's step is run once with the products written down; then each is launched
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import octavo.ops.hopper.engine as hopper
 from benchmarks.layer import engines
 from benchmarks.shapes import MODELS, TOKENS
 from octavo.bench.layer import LayerCase
+from octavo.bench.timing import launched_ms
 from octavo.ops.engines import Engine
 
 SITES = ("up", "down", "down_grad", "up_grad")
@@ -41,18 +43,6 @@ def calls(case: LayerCase, engine: Engine) -> list[Call]:
     return found
 
 
-def microseconds(launch: Callable[[], None], repeats: int) -> float:
-    """The median of single launches."""
-    launch()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        launch()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] * 1e3
-
-
 def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: argparse.Namespace) -> Iterator[dict]:
     found = calls(case, engine)
     chunks = len(found) // len(SITES)
@@ -63,7 +53,7 @@ def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: ar
         us = 0.0
         for given, options in found[number * chunks : (number + 1) * chunks]:
             options = options | ({"tokens": args.tokens} if args.tokens else {})
-            us += microseconds(lambda given=given, options=options: hopper.product(*given, **options), args.repeats)
+            us += 1e3 * launched_ms(partial(hopper.product, *given, **options), args.repeats)
         given, options = found[number * chunks]
         flops = case.shape.flops(case.tokens) / 4 * (4 / 3 if "up" in site else 2 / 3)
         yield {

@@ -12,6 +12,7 @@ import torch
 from benchmarks.compiling import in_pool
 from benchmarks.shapes import MODELS, TOKENS
 from octavo.bench.shapes import LayerShape
+from octavo.bench.timing import launched_ms
 from octavo.formats.weight import Float8Weight
 from octavo.ops.kernels import product as kernel
 from octavo.ops.kernels.product import Gradient, Lora, Operand, Stack, Tiles, product
@@ -208,19 +209,6 @@ def compile_one(job: tuple[str, str, str, Tiles]) -> None:
     Problem(MODELS[model], 2048, way, site, "cpu").run(tiles)
 
 
-def time_ms(run, repeats: int) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return sorted(s.elapsed_time(e) for s, e in times)[repeats // 2]
-
-
 def main(out: str, only: list[str]) -> None:
     cases = [c for c in CASES if not only or any(o in f"{c[0]}.{c[1]}.{c[2]}" for o in only)]
     jobs = [(*case, tiles) for case in cases for tiles in candidates(case[1], case[2])]
@@ -234,7 +222,7 @@ def main(out: str, only: list[str]) -> None:
                 if (model, way, site, tiles) in bad:
                     continue
                 try:
-                    ms = time_ms(lambda p=problem, t=tiles: p.run(t), 5)
+                    ms = launched_ms(lambda p=problem, t=tiles: p.run(t), 5)
                 except Exception as error:
                     print(model, way, site, tiles, str(error)[:120])
                     if "illegal" in str(error):
