@@ -5,7 +5,8 @@
 On a GPU ``exact`` runs on ``fused`` and ``fp8`` on ``scaled``; on a CPU ``exact`` runs on ``dequant``. A layer that the
 engine cannot compute runs on what auto picks; what ran where is written beside the losses. glm-tiny and qwen-tiny are
 the small real models; glm-drawn and qwen3-drawn have drawn weights, and widths that the products for Hopper take. The
-largest difference of running means over 10 steps is at most 1 % in exact numerics and 2 % in fp8.
+largest difference of running means over 10 steps is at most 1 % in exact numerics and 2 % in fp8. The file is whole
+after every engine, and keeps what the same commit gave on the same device for others: ``--models`` cuts a long run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -114,6 +116,16 @@ def train(path: Path, engine: str, numerics: str, steps: int, size: int) -> tupl
     return torch.stack(losses).tolist(), ran
 
 
+def others(file: Path, asked: list[tuple[str, ...]], here: dict[str, str | None]) -> list[dict[str, Any]]:
+    """What ``file`` holds of the same device and commit beside the (model, numerics, engine) in ``asked``."""
+    held: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    return [
+        one
+        for one in held
+        if (one["model"], one["numerics"], one["engine"]) not in asked and here.items() <= one.items()
+    ]
+
+
 def main() -> None:
     """Write ``engine-curves.json`` and ``engine-curves.png``; fail where curves part by more than is allowed."""
     gpu = default_device().type == "cuda"
@@ -133,7 +145,9 @@ def main() -> None:
     if args.plot:
         plot(json.loads((args.out / "engine-curves.json").read_text()), args.out / "engine-curves.png")
         return
-    results = []
+    file, here = args.out / "engine-curves.json", {"device": device_name(default_device()), "commit": commit()}
+    asked = [(name, *one.split(":")) for name in args.models for one in args.engines]
+    results = [*others(file, asked, here)]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             path = checkpoint(name, Path(folder))
@@ -146,7 +160,7 @@ def main() -> None:
                 results.append(
                     {"model": name, "numerics": numerics, "engine": engine, "ran": ran, "steps": args.steps,
                      "reference": want, "losses": got, "worst_difference": apart, "limit": LIMIT[numerics],
-                     "device": device_name(default_device()), "torch": torch.__version__, "commit": commit()}
+                     "torch": torch.__version__, **here}
                 )  # fmt: skip
                 last = sum(want[-WINDOW:]) / WINDOW
                 print(
@@ -156,7 +170,7 @@ def main() -> None:
                     flush=True,
                 )
                 args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "engine-curves.json").write_text(json.dumps(results) + "\n")
+                file.write_text(json.dumps(results) + "\n")
     if find_spec("matplotlib"):
         plot(results, args.out / "engine-curves.png")
     else:

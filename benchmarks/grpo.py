@@ -173,6 +173,8 @@ def measure_octavo(checkpoint: Path, folder: Path, args: argparse.Namespace) -> 
         trainer.sampler.sample = sampled
         run.train()
         peaks["training"] = peak_gb()
+        # The generations that follow take minutes.
+        print(json.dumps({"seconds": dict(stages.seconds), "peak_gb": peaks}), flush=True)
         trainer.close()
         sent = measure_synchronization(trainer, checkpoint, folder)
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -310,8 +312,6 @@ def main() -> None:
         config = json.loads((checkpoint / "config.json").read_text())
         index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
         found = measure_octavo(checkpoint, folder, args)
-    # Before the comparison, which may run out of memory.
-    print(json.dumps(found, indent=1), flush=True)
     gc.collect()
     if device().type == "cuda":
         torch.cuda.empty_cache()
@@ -325,15 +325,24 @@ def main() -> None:
         "replay": args.replay,
         "checkpoint_gb": index["metadata"]["total_size"] / GB,
         "octavo": found,
-        "bf16_generation": None if args.no_bf16 else measure_bf16(args),
+        "bf16_generation": None,
         "device": torch.cuda.get_device_name() if device().type == "cuda" else platform.machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }
-    print(json.dumps(row, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = json.loads(args.json.read_text()) if args.json.exists() else []
-        args.json.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    # Before the comparison, which may run out of memory or of time.
+    report([*rows, row], args.json)
+    if not args.no_bf16:
+        row["bf16_generation"] = measure_bf16(args)
+        report([*rows, row], args.json)
+
+
+def report(rows: list[dict[str, Any]], file: Path | None) -> None:
+    """Print the last row, and write all."""
+    print(json.dumps(rows[-1], indent=1), flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

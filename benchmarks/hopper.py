@@ -4,12 +4,14 @@
     ncu --set full -k regex:product -s 3 -c 1 python -m benchmarks.hopper --only qwen3.8192.fp8.up --repeats 1
 
 A layer's step is run once with the products written down; then each is launched again with the operands that it had.
-``--only`` takes parts of MODEL.TOKENS.NUMERICS.SITE. ``--tokens 128``: with tiles of that many tokens.
+``--only`` takes parts of MODEL.TOKENS.NUMERICS.SITE. ``--tokens 128``: with tiles of that many tokens. The file is
+whole after every product.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,18 @@ def calls(case: LayerCase, engine: Engine) -> list[Call]:
     return found
 
 
+def with_tokens(options: dict[str, Any], tokens: int | None) -> dict[str, Any]:
+    """``options`` of a product with tiles of ``tokens``, and room for what each of them sums."""
+    if not tokens:
+        return options
+    gradient: hopper.GateGradient | None = options["gradient"]
+    if gradient is not None and gradient.sums is not None:
+        # no expert has more tiles than these more
+        most = gradient.sums.shape[0] * max(1, -(-options["tokens"] // tokens))
+        gradient = replace(gradient, sums=gradient.sums.new_empty((most, *gradient.sums.shape[1:])))
+    return options | {"tokens": tokens, "gradient": gradient}
+
+
 def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: argparse.Namespace) -> Iterator[dict]:
     found = calls(case, engine)
     chunks = len(found) // len(SITES)
@@ -52,7 +66,7 @@ def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: ar
             continue
         us = 0.0
         for given, options in found[number * chunks : (number + 1) * chunks]:
-            options = options | ({"tokens": args.tokens} if args.tokens else {})
+            options = with_tokens(options, args.tokens)
             us += 1e3 * launched_ms(partial(hopper.product, *given, **options), args.repeats)
         given, options = found[number * chunks]
         flops = case.shape.flops(case.tokens) / 4 * (4 / 3 if "up" in site else 2 / 3)
@@ -80,9 +94,9 @@ def main() -> None:
                 for row in measured(case, numerics, engine, args.only, args):
                     rows.append(row)
                     print(f"{row['product']:32s} {row['us']:9.1f} us {row['tflops']:5d} TFLOP/s", flush=True)
+                    if args.out:
+                        args.out.write_text(json.dumps(rows, indent=1) + "\n")
             del case
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

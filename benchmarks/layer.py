@@ -4,7 +4,7 @@
 
 The rows of ``octavo bench layer`` for both models at three sizes, in one run: kernels are compiled in a pool first, and
 the ratios are over the floors of one H200, on whatever GPU. Weights of one layer (0.6 GB) exceed the L2, so replays
-find it cold. The file is whole after every size.
+find it cold. The file is whole after every row.
 """
 
 import argparse
@@ -104,14 +104,13 @@ def main() -> None:
                 if row is None:
                     continue
                 rows.append(row)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
                 if args.kernels:
                     profiles[label] = kernels_us(partial((way.case or case).step, way.forward, way.gradients))
+                    args.kernels.write_text(json.dumps(profiles))
             for numerics, engine, why in left:
                 print(f"{name:6s} {tokens:6d} {numerics:9s} {engine:12s} not run: {why}", flush=True)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(rows, indent=1) + "\n")
-            if args.kernels:
-                args.kernels.write_text(json.dumps(profiles))
             del case, chosen
             torch.cuda.empty_cache()
 

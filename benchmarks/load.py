@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,20 @@ def timed(way: str, folder: str, cold: bool) -> dict[str, Any]:
         sampler = threading.Thread(target=sample)
         sampler.start()
         start = time.perf_counter()
-        if way == "load":
-            octavo.load_model(folder)
-        else:
-            with octavo.enabled():
-                device_map = {"": 0} if torch.cuda.is_available() else None
-                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device_map)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
-            result["device"] = torch.cuda.get_device_name()
-        done.set()
-        sampler.join()
+        try:
+            if way == "load":
+                octavo.load_model(folder)
+            else:
+                with octavo.enabled():
+                    device_map = {"": 0} if torch.cuda.is_available() else None
+                    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device_map)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                result["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
+                result["device"] = torch.cuda.get_device_name()
+        finally:
+            done.set()
+            sampler.join()
         result["host_peak_gb"] = highest / GB
     result["seconds"] = time.perf_counter() - start
     result["gb_per_s"] = size / GB / result["seconds"]
@@ -109,8 +112,9 @@ def main() -> None:
         if args.only == ("warm" if cold else "cold"):
             continue
         for way in args.ways:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row = pool.apply(timed, (way, str(args.folder), cold))
+            # A pool of multiprocessing waits for good where its process was killed.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                row = pool.submit(timed, way, str(args.folder), cold).result()
             if way == "read":
                 sequential[cold] = row["gb_per_s"]
             if cold in sequential:

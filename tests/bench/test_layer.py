@@ -79,6 +79,17 @@ def test_no_time_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert " ms" not in line
 
 
+def test_a_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(case: LayerCase, banks: object, *, triton: bool = False) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nSee documentation.")
+
+    monkeypatch.setattr(run, "baseline", breaks)
+    result = octavo(*SMALL, "--numerics", "exact", "--json")
+    assert result.exit_code == 1
+    assert {row["engine"] for row in json.loads(result.stdout)} == {"reference", "dequant"}
+    assert "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB." in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

@@ -105,3 +105,18 @@ def test_a_step_that_asks_for_a_value_cannot_be_captured():
     repeated()
     with pytest.raises(EngineError, match="could not be captured as a CUDA graph"):
         repeated()
+    # and the allocator gives memory that another stream used out again, which it does not do during a capture
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    used = torch.empty(4 << 20, device=DEVICE)
+    used.record_stream(torch.cuda.Stream())
+    del used
+    torch.cuda.synchronize()
+    # which makes it look
+    again = torch.empty(1 << 20, device=DEVICE)
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] - before < 16 << 20
+    del again
+    # and a step that asks for nothing can be captured
+    repeated = Repeated(lambda: value * 2, DEVICE)
+    for _ in range(3):
+        assert float(repeated()) == 2

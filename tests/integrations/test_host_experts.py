@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from octavo.integrations.generation import why_no_graphs
 from octavo.integrations.graphs import graphs_state
 from octavo.nn import host
 from octavo.nn.experts import Float8Experts
-from octavo.ops.ring import HostRing
+from octavo.ops.ring import HostRing, _PlainCopies
 from octavo.train.offload import HiddenStatesOnHost
 from tests.curves import dequantized
 from tests.integrations.test_graph_layers import DoneAgain
@@ -226,6 +228,20 @@ def test_a_changed_code_is_copied_again():
         hosted(other)[0].down_proj.zero_()
         assert torch.equal(changed, other(input_ids=ids).logits)
     assert not torch.equal(changed, before)
+
+
+def test_host_memory_is_not_given_up_while_it_is_copied(monkeypatch: pytest.MonkeyPatch):
+    model = loaded("host").eval()
+    codes = weakref.ref(hosted(model)[0].down_proj)
+    there = []
+    monkeypatch.setattr(_PlainCopies, "synchronize", lambda self: there.append(codes() is not None))
+    with torch.no_grad():
+        model(input_ids=torch.arange(2, 14)[None])
+    assert not there
+    del model
+    gc.collect()
+    assert there == [True]
+    assert codes() is None
 
 
 def test_it_shows():

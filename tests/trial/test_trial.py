@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from benchmarks.checkpoints import write
 from benchmarks.train import SETS, rows_of
 from octavo.cli.main import app
 from octavo.errors import OctavoError
+from octavo.trial import step, suite
 from octavo.trial.profile import _union, profiled, stage_of
 from octavo.trial.step import Row, measure, shared
 from octavo.trial.suite import run_rows
@@ -94,6 +95,22 @@ def test_rows_are_written_one_by_one_and_a_failure_is_a_row(folder, tmp_path):
     assert len(json.loads(out.read_text())) == 3
 
 
+@pytest.mark.parametrize("end", ["os._exit(9)", "time.sleep(30)"], ids=["dies", "hangs"])
+def test_a_row_that_was_measured_counts_however_its_process_ends(tmp_path, monkeypatch, end):
+    """As one does that waits at its exit for a GPU, or crashes there."""
+    row = Row("nowhere", "tiny", seq=7)
+    measured = {"tokens_per_s": 1.0, "step_ms": 1.0, "load_s": 1.0, "peak_reserved_gb": None, "plan_gb": None}
+    for text, want in ((json.dumps(measured), measured), (json.dumps(measured)[:-1], None)):
+        script = tmp_path / "python"
+        script.write_text(f"#!{sys.executable}\nimport os, time\nprint({text!r}, flush=True)\n{end}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(suite.sys, "executable", str(script))
+        monkeypatch.setattr(suite, "_LEAST_SECONDS", 0.0)
+        (found,) = run_rows([row], out=None, budget_s=4, say=lambda text: None)
+        monkeypatch.undo()
+        assert found == want or (want is None and "error" in found and found["seq"] == 7)
+
+
 def test_the_command(folder, tmp_path):
     arguments = ["bench", "model", str(folder), "--seq", "32", "--numerics", "exact", "--steps", "1", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--rank", "2", "--expert-rank", "2"])
@@ -125,6 +142,44 @@ def test_rows_share_a_model_only_with_the_same_experts_and_cap(folder):
     assert shared(row) == shared(replace(row, seq=64, numerics="fp8"))
     for other in (replace(row, experts="host"), replace(row, cap_gb=16)):
         assert shared(other) != shared(row)
+
+
+def test_a_row_that_fails_leaves_the_others_their_own_model(folder, monkeypatch, capsys):
+    row = Row(str(folder), "tiny", seq=32, attention_rank=2, expert_rank=0, steps=1, with_plan=False)
+    fails = replace(row, attention_rank=4, optimizer="adafactor")
+    rows = [row, fails, replace(row, seq=16), replace(row, seq=16, profile=True), replace(row, seq=24)]
+    loads, load = [], step.load
+    monkeypatch.setattr(step, "load", lambda row: (loads.append(row.attention_rank), load(row))[1])
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(step, "profiled", breaks)
+    monkeypatch.setattr(sys, "argv", ["step", json.dumps([asdict(row) for row in rows])])
+    step.main()
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one.get("error") for one in found] == [
+        None,
+        "a bench of optimizer adafactor does not exist; choose adamw, adamw_8bit or sgd.",
+        None,
+        "CUDA error: an illegal memory access was encountered",
+        None,
+    ]
+    assert loads == [2, 4, 2]
+
+
+def test_gradients_of_a_row_that_failed_are_not_the_next_ones(folder):
+    row = Row(str(folder), "tiny", seq=32, attention_rank=2, expert_rank=0, steps=2, optimizer="sgd", with_plan=False)
+    found = []
+    for left in (False, True):
+        torch.manual_seed(0)
+        loaded = step.load(row)
+        if left:
+            for parameter in loaded.tuned.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.full_like(parameter, 1e3)
+        found.append(step.step_on(loaded, row)["last_loss"])
+    assert found[0] == found[1]
 
 
 def test_experts_on_the_host_are_a_row(folder):

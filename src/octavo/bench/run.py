@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.bench import upstream
-from octavo.bench.layer import TOLERANCE, LayerCase, baseline, errors
+from octavo.bench.layer import TOLERANCE, LayerCase, Results, baseline, errors
 from octavo.bench.shapes import LayerShape, floor_ms
 from octavo.bench.timing import graph_ms, transient_mib, wall_ms
 from octavo.errors import EngineError
@@ -117,21 +117,38 @@ def upstream_way(case: LayerCase) -> Way:
 
 
 def measure(case: LayerCase, chosen: list[Way]) -> Iterator[Measured]:
-    """Each way in turn: compared with float64, and timed only where it is right."""
-    exact = case.exact()
+    """Each way in turn: compared with float64, and timed only where it is right. One that fails leaves the others."""
+    exact, failures = case.exact(), _failures()
     for way in chosen:
-        want = exact if way.case is None else way.case.exact()
+        try:
+            found = _measured(case, way, exact)
+        except failures as error:
+            text = (str(error).splitlines() or [""])[0]
+            found = Measured(way, None, f"failed: {type(error).__name__}: {text}")
+        yield found
 
-        def step(way: Way = way) -> dict[str, Tensor]:
-            return (way.case or case).step(way.forward, way.gradients)
 
-        found = errors(want, step())
-        worst = max(found, key=lambda name: found[name])
-        if not found[worst] <= way.tolerance:
-            limit = f"at most {way.tolerance:.1e}"
-            yield Measured(way, None, f"wrong: relative error {found[worst]:.1e} in {worst}, {limit}")
-            continue
-        yield Measured(way, _row(way.case or case, way, step, found[worst]))
+def _failures() -> tuple[type[Exception], ...]:
+    """What a way may end in: an engine's own words, torch's (out of memory, CUDA errors), and Triton's."""
+    if triton_missing() is not None:
+        return EngineError, RuntimeError
+    from octavo.ops.kernels.common import FAILURE
+
+    return EngineError, RuntimeError, FAILURE
+
+
+def _measured(case: LayerCase, way: Way, exact: Results) -> Measured:
+    case, want = (case, exact) if way.case is None else (way.case, way.case.exact())
+
+    def step() -> Results:
+        return case.step(way.forward, way.gradients)
+
+    found = errors(want, step())
+    worst = max(found, key=lambda name: found[name])
+    if not found[worst] <= way.tolerance:
+        limit = f"at most {way.tolerance:.1e}"
+        return Measured(way, None, f"wrong: relative error {found[worst]:.1e} in {worst}, {limit}")
+    return Measured(way, _row(case, way, step, found[worst]))
 
 
 def _row(case: LayerCase, way: Way, step: Callable[[], object], error: float) -> dict[str, object]:

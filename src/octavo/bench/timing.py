@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from octavo.ops.capture import capture_stream, capturing
+
 Step = Callable[[], object]
 
 
@@ -15,8 +17,10 @@ def graph_ms(step: Step, repeats: int = 9) -> float:
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    device, graph = torch.device("cuda", torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    with capturing(graph, torch.cuda.graph_pool_handle(), capture_stream(device)):
         kept = step()
     found = launched_ms(graph.replay, repeats)
     del kept

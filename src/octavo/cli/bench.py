@@ -68,11 +68,12 @@ def layer(
             wrong |= found.row is None
             if found.row is not None:
                 rows.append(found.row)
+            if out is not None:
+                # Whole after every row: the process may be cut off at any time.
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(rows, indent=1) + "\n")
         for mode, name, why in left:
             console.print(f"  [dim]{mode:8s} {name:12s} not run: {escape(why)}[/]", soft_wrap=True, highlight=False)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=1) + "\n")
     if as_json:
         print(json.dumps(rows, indent=1))
     if wrong:

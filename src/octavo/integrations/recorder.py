@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo.ops.capture import capturing
+
 
 class Unrecordable(RuntimeError):
     """A layer that cannot be recorded; the message goes on from "not recorded: "."""
@@ -83,42 +85,16 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         # The pool cannot use what other pools hold in reserve, and warming left a layer's worth there.
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(self._device)
         graph = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
-        # A collection could free a graph, or memory that waits for an event, in the middle.
-        gc.disable()
-        try:
-            with torch.cuda.stream(self._stream):
-                # Other threads, such as NCCL's, may do what they like meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                done = False
-                try:
-                    work()
-                    done = True
-                finally:
-                    if not done:
-                        self._abandon(graph)
-                graph.capture_end()
-        finally:
-            if collecting:
-                gc.enable()
+        with capturing(graph, self._pool, self._stream):
+            # Not earlier: with the first graph of all torch allocates the generator's seed and offset.
+            before = torch.cuda.memory_allocated(self._device)
+            work()
         if torch.cuda.memory_allocated(self._device) > before:
             gc.collect()
         self.kept_bytes += max(0, torch.cuda.memory_allocated(self._device) - before)
         replay: Callable[[], None] = graph.replay
         return replay
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording that failed, so that the allocator works as before."""
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            # Invalidated by what failed: then the allocator was not told that it is over, or was.
-            try:
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            except RuntimeError:
-                return
 
 
 @contextmanager

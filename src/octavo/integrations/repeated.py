@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import EngineError
+from octavo.ops.capture import capture_stream, capturing
 
 
 class Repeated:
@@ -43,15 +44,12 @@ class Repeated:
             self._result.copy_(result)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize(self._device)
+        # The graph's pool cannot use what other pools hold in reserve.
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
-            with (
-                torch.cuda.device(self._device),
-                # a capture that fails does not give the stream back by itself
-                torch.cuda.stream(torch.cuda.current_stream(self._device)),
-                # other threads (a logger, a loader that pins memory) may call CUDA meanwhile
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
-            ):
+            with capturing(graph, torch.cuda.graph_pool_handle(), capture_stream(self._device)):
                 self._keep(self._step())
         except torch.OutOfMemoryError:
             raise

@@ -12,6 +12,7 @@ from octavo.errors import EngineError
 # torch pins powers of two, so a stack of 0.4 GB by itself would take 0.54 GB.
 _BLOCK_BYTES = 1 << 32
 _ALIGNMENT = 4096
+_V1_FILES = ("total_inactive_file", "total_active_file")
 
 
 class HostMemory:
@@ -63,12 +64,40 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def available_bytes() -> int | None:
-    """What the host can give without swapping, where the system says so."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+def available_bytes(system: Path = Path("/")) -> int | None:
+    """What the host can give without swapping, or what is left of a container's limit where that is less; ``None``
+    where the system, mounted at ``system``, does not say.
+    """
+    found = [left for left in (_available(system / "proc/meminfo"), _left_of_limit(system)) if left is not None]
+    return min(found, default=None)
+
+
+def _available(meminfo: Path) -> int | None:
+    kilobytes = _numbers(meminfo).get("MemAvailable:")
+    return None if kilobytes is None else kilobytes * 1024
+
+
+def _left_of_limit(system: Path) -> int | None:
+    """Of the cgroup that a container sees as its own; pages of files that it read are given back before it fails."""
+    for folder, limit, used, kept in (
+        ("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", _V1_FILES),
+    ):
+        group = system / folder
+        try:
+            most, taken = (int((group / name).read_text()) for name in (limit, used))
+        except (OSError, ValueError):
+            # It is not there, or says "max".
+            continue
+        pages = _numbers(group / "memory.stat")
+        return max(0, most - taken + sum(pages.get(name, 0) for name in kept))
     return None
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number of each line by what stands before it."""
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}

@@ -75,6 +75,10 @@ class _Copies:
         """Nothing that the computing stream does from now on overlaps with a copy."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
+    def synchronize(self) -> None:
+        """Have the host wait until nothing is copied out of its memory any more."""
+        self._stream.synchronize()
+
 
 class _PlainCopies:
     """The same on the host alone, for machines without a GPU."""
@@ -93,6 +97,9 @@ class _PlainCopies:
         pass
 
     def settle(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
         pass
 
 
@@ -177,6 +184,8 @@ class HostRing:
         self._slots.clear()
         self.device = device
         self._copies = _Copies(device) if device.type == "cuda" else _PlainCopies()
+        # torch knows of no copy out of the middle of a pinned block, and would hand the block out again.
+        weakref.finalize(self, self._copies.synchronize).atexit = False
         self._slots = [self._copies.buffer(self.layer_nbytes) for _ in range(self.num_slots)]
 
     def _copier(self) -> "_Copies | _PlainCopies":

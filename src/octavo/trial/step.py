@@ -157,6 +157,8 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
 
+    # Those of a row that failed on this model.
+    tuned.zero_grad(set_to_none=True)
     gc.collect()
     if where.type == "cuda":
         # What loading took at its highest is not the step's.
@@ -362,16 +364,19 @@ def main() -> None:
     for row in rows:
         try:
             if loaded is None or before is None or shared(row) != shared(before):
-                loaded = None
+                loaded, before = None, row
                 gc.collect()
                 if device().type == "cuda":
                     torch.cuda.empty_cache()
                 loaded = load(row)
-            before, result = row, step_on(loaded, row)
+            result = step_on(loaded, row)
         except OctavoError as error:
             result = {"error": str(error), **asdict(row)}
         except torch.OutOfMemoryError as error:
             result = {"error": f"out of memory: {str(error).splitlines()[0]}", **asdict(row)}
+        except RuntimeError as error:
+            # Of torch's making: the rows that are left may do better.
+            result = {"error": (str(error).splitlines() or [type(error).__name__])[0], **asdict(row)}
         print(json.dumps(result), flush=True)
 
 

@@ -50,14 +50,25 @@ def _in_process(row: Row, seconds: float, environment: dict[str, str] | None) ->
     command = [sys.executable, "-m", "octavo.trial.step", json.dumps(asdict(row))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {seconds:.0f} s", **asdict(row)}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        result: dict[str, Any] = json.loads(lines[-1])
+    except subprocess.TimeoutExpired as late:
+        # bytes, whatever was asked for
+        printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout
+        return _row_in(printed or "") or {"error": f"not done within {seconds:.0f} s", **asdict(row)}
+    result = _row_in(done.stdout)
+    if result is not None:
         return result
     last = done.stderr.strip().splitlines()[-3:]
     return {"error": f"exit code {done.returncode}: {' / '.join(last)}", **asdict(row)}
+
+
+def _row_in(printed: str) -> dict[str, Any] | None:
+    """The row that a process printed last: it is measured, however the process ends after it."""
+    lines = printed.strip().splitlines()
+    try:
+        found = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _append(out: Path, result: dict[str, Any]) -> None:

@@ -9,9 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
+FAILURE: type[Exception] = TritonError
+"""What Triton raises where it cannot compile a kernel, or the GPU has not got what it needs."""
 
 
 @dataclass(frozen=True)
