@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiling import in_pool
-from benchmarks.shapes import MODELS, TOKENS, Model
+from benchmarks.shapes import MODELS, TOKENS
+from octavo.bench.shapes import LayerShape
 from octavo.ops.kernels import sort
 from octavo.ops.kernels.common import Cut
 from octavo.ops.kernels.lora_backward import CUT, lora_backward
@@ -38,7 +39,7 @@ Result = tuple[Tensor, ...]
 class Operands:
     """What one layer's passes read, at random; on the CPU uninitialised, for compiling only."""
 
-    model: Model
+    model: LayerShape
     tokens: int
     device: str
     generator: torch.Generator | None = field(init=False)

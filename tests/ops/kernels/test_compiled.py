@@ -1,5 +1,6 @@
 """Every kernel compiles for Hopper as the layers of real models launch it, and the passes keep to the registers."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.benchmarks.test_scripts import NEED_TRITON
 
 # the products have a budget of their own, and their tiles are chosen by time
 PASSES = (
@@ -50,3 +53,8 @@ def test_compiles_for_sm_90(jobs: list[str], tmp_path: Path) -> None:
         assert "dots" in names
     spilled = [one for one in kernels if one["stack"] and one["kernel"].removesuffix("_kernel") in PASSES + FEW]
     assert not spilled, spilled
+
+
+@pytest.mark.parametrize("script", NEED_TRITON)
+def test_scripts_that_need_triton_import(script: str) -> None:
+    importlib.import_module(f"benchmarks.{script}")
