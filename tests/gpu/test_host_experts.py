@@ -1,5 +1,6 @@
 """On a GPU: experts in pinned host memory give the bits of resident ones, however late copies or products are."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -90,6 +91,7 @@ def test_compiled_layers_stream_too():
 
 def test_codes_are_pinned_and_not_on_the_gpu():
     def held(experts: str) -> tuple[int, nn.Module]:
+        gc.collect()
         before = torch.cuda.memory_allocated()
         model = octavo.load_model(demo.checkpoint("qwen-tiny"), experts=experts, device_map=DEVICE)  # type: ignore[arg-type]
         return torch.cuda.memory_allocated() - before, model

@@ -2,8 +2,9 @@
 
 import gc
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import Adafactor
 
-from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES, leaves
+from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES, StreamCopies, leaves
 from octavo.plan.terms import Optimizer as Name
 from octavo.train.offloaded_optimizer import OffloadedOptimizer, offloaded
 
@@ -71,7 +72,25 @@ def assert_same(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         assert torch.equal(mine, theirs), f"{index}: {SHAPES[index]}"
 
 
-def test_results_are_the_same_to_the_bit_and_states_are_pinned(name):
+def late_copies(patch: pytest.MonkeyPatch) -> None:
+    """What does not wait for a copy uses what was there before, or takes its memory."""
+    for method, stream in (("fetch", "_coming"), ("write", "_leaving")):
+        on_time = getattr(StreamCopies, method)
+
+        def late(
+            self: StreamCopies, *tensors: Sequence[Tensor], on_time: Callable[..., Any] = on_time, stream: str = stream
+        ) -> Any:
+            with torch.cuda.stream(getattr(self, stream)):
+                torch.cuda._sleep(5_000_000)
+            return on_time(self, *tensors)
+
+        patch.setattr(StreamCopies, method, late)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["as they are", "late copies"])
+def test_results_are_the_same_to_the_bit_and_states_are_pinned(name, late, monkeypatch):
+    if late:
+        late_copies(monkeypatch)
     want, got = parameters(name), parameters(name)
     resident, streamed = optimizer_of(name, want), offloaded(optimizer_of(name, got), name)
     for number in range(6):

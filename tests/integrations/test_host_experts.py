@@ -5,7 +5,7 @@ import copy
 import gc
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from octavo.integrations.generation import why_no_graphs
 from octavo.integrations.graphs import graphs_state
 from octavo.nn import host
 from octavo.nn.experts import Float8Experts
-from octavo.ops.ring import HostRing, _PlainCopies
+from octavo.ops.ring import HostRing, _PlainCopies, _Slot
 from octavo.train.offload import HiddenStatesOnHost
 from tests.curves import dequantized
 from tests.integrations.test_graph_layers import DoneAgain
@@ -99,6 +99,24 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostRing, "taken", and_gone)
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy arrives when somebody waits for it, and the buffer is NaN until then."""
+    coming: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def fill(self: _PlainCopies, slot: _Slot, sources: Sequence[Tensor]) -> None:
+        assert slot.users == 0
+        slot.buffer.fill_(CODE_OF_NAN)
+        coming[id(slot)] = list(zip(slot.views, sources, strict=True))
+
+    def wait(self: _PlainCopies, slot: _Slot) -> None:
+        for place, source in coming.pop(id(slot), []):
+            place.copy_(source)
+
+    monkeypatch.setattr(_PlainCopies, "fill", fill)
+    monkeypatch.setattr(_PlainCopies, "wait", wait)
+
+
 @pytest.fixture(scope="module")
 def resident() -> Callable[[str, bool | None], dict[str, Tensor]]:
     return cache(lambda name, checkpointing: trained(tuned(loaded("resident", name), checkpointing)))
@@ -118,6 +136,13 @@ def test_losses_and_gradients_are_those_of_resident_experts(resident, name, chec
 @pytest.mark.parametrize("checkpointing", [None, False], ids=["kept", "non-reentrant"])
 def test_buffers_may_be_overwritten_once_released(poisoned, resident, checkpointing):
     assert_equal(trained(tuned(loaded("host"), checkpointing)), resident("glm-tiny", checkpointing))
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [None, False], ids=["kept", "non-reentrant"])
+def test_copies_may_be_late(resident, late, checkpointing, num_slots):
+    model = loaded("host", num_slots=num_slots)
+    assert_equal(trained(tuned(model, checkpointing)), resident("glm-tiny", checkpointing))
 
 
 def test_it_combines_with_hidden_states_on_the_host(resident):
