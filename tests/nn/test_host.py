@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from octavo.errors import EngineError
+from octavo.nn import host
 from octavo.nn.host import available_bytes
 
 MEMINFO = "MemTotal:       2000000 kB\nMemFree:          10000 kB\nMemAvailable:   1000000 kB\n"
@@ -39,3 +42,15 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path, group: dict[str, 
 def test_a_system_that_does_not_say(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) is None
     assert available_bytes() is None or available_bytes() > 0
+
+
+def test_what_torch_keeps_pinned_is_given_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [1_000]
+    monkeypatch.setattr(host, "available_bytes", lambda: left[0])
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: left.__setitem__(0, 9_000), raising=False)
+    words = {"asked": "this", "contents": "that", "otherwise": "leave it"}
+    with pytest.raises(EngineError, match="this needs"):
+        host.HostMemory(torch.device("cpu"), [8_000], **words)
+    host.HostMemory(torch.device("cuda", 0), [8_000], **words)
+    with pytest.raises(EngineError, match="this needs"):
+        host.HostMemory(torch.device("cuda", 0), [10_000], **words)

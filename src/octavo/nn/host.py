@@ -32,6 +32,10 @@ class HostMemory:
         self._used = 0
         self._given: set[int] = set()
         available = available_bytes()
+        if self._pinned and available is not None and nbytes > available:
+            # torch keeps what it has pinned, of a model that is gone as well.
+            torch._C._host_emptyCache()
+            available = available_bytes()
         if available is not None and nbytes > available:
             raise EngineError(
                 f"{asked} needs {nbytes / 1e9:.1f} GB of host memory for {contents}, and {available / 1e9:.1f} GB are "
