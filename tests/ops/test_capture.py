@@ -22,6 +22,12 @@ class Allocator:
         self.underway: list[tuple[int, int]] = []
         self.uses = 0
         self.bytes = 0
+        self.handles = 0
+        self.captured: list[tuple[int, int]] = []
+
+    def handle(self) -> tuple[int, int]:
+        self.handles += 1
+        return (0, self.handles)
 
     def end(self, device: int, pool: tuple[int, int]) -> None:
         if pool not in self.underway:
@@ -42,13 +48,15 @@ class Graph:
     def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
         # of the generator, once
         self._allocator.bytes += 1024
+        self._pool = pool
+        self._allocator.captured.append(pool)
         self._allocator.underway.append(pool)
         self._allocator.uses += 1
 
     def capture_end(self) -> None:
         if self._given_up or self.ended:
             raise RuntimeError("operation failed due to a previous error during capture")
-        self._allocator.end(0, POOL)
+        self._allocator.end(0, self._pool)
         self.ended = True
         if self._too_large:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -66,7 +74,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: made.bytes)
     for name in ("synchronize", "empty_cache", "Stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(device=torch.device("cuda", 0)))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", made.handle)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(made))
     monkeypatch.setattr(capture, "_failed", [])
     return made
@@ -118,3 +126,12 @@ def test_memory_of_the_generator_is_not_kept_from_inside(allocator: Allocator) -
 
     recorder.record(keeps)
     assert recorder.kept_bytes == 512
+
+
+def test_recordings_share_a_pool_while_there_is_one(allocator: Allocator) -> None:
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    held = [recorder.record(nothing) for _ in range(3)]
+    assert len(set(allocator.captured)) == 1
+    held.clear()
+    recorder.record(nothing)
+    assert allocator.captured[-1] != allocator.captured[0]

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -39,6 +40,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         # One stream for all: the pool hands memory to the stream that freed it.
         self._stream = torch.cuda.Stream(device)
         self.kept_bytes = 0
@@ -85,6 +87,9 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         # The pool cannot use what other pools hold in reserve, and warming left a layer's worth there.
         torch.cuda.empty_cache()
+        if not self._graphs:
+            # A pool ends with its last graph, whether or not its memory could be given back.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, self._pool, self._stream):
             # Not earlier: with the first graph of all torch allocates the generator's seed and offset.
@@ -92,6 +97,7 @@ class CudaRecorder:
             work()
         if torch.cuda.memory_allocated(self._device) > before:
             gc.collect()
+        self._graphs.add(graph)
         self.kept_bytes += max(0, torch.cuda.memory_allocated(self._device) - before)
         replay: Callable[[], None] = graph.replay
         return replay
