@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, the checkpoint included")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--graphs", action="store_true", help="layers of octavo's rows as CUDA graphs")
+    parser.add_argument("--no-compile", action="store_true", help="layers of octavo's rows not compiled")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, rows of 64 tokens")
     parser.add_argument("--layers", type=int)
     args = parser.parse_args()
@@ -68,7 +70,8 @@ def main() -> None:
     if not (folder / "model.safetensors.index.json").exists():
         size = write(args.model, folder, layers=args.layers, tiny=args.tiny)
         print(f"{folder}: {size / 1e9:.2f} GB made in {time.monotonic() - began:.0f} s", flush=True)
-    base = Row(str(folder), args.model, engine=args.engine, steps=args.steps)
+    how = {"graphs": args.graphs, "compile": not args.no_compile}
+    base = Row(str(folder), args.model, engine=args.engine, steps=args.steps, **how)
     rows = rows_of(args.rows, base)[args.skip :]
     if args.tiny:
         rows = [replace(row, seq=64, cap_gb=None) for row in rows]
