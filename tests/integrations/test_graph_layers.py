@@ -403,3 +403,22 @@ def test_nothing_of_a_recording_outlives_it(name, monkeypatch):
     assert state is not None
     assert state.recordings > 0
     assert not left
+
+
+def test_recordings_that_keep_memory_are_stopped(monkeypatch, caplog):
+    """The layers recorded by then stay so, the others run as before, and why is said."""
+
+    class Leaks(DoneAgain):
+        def record(self, work: Callable[[], None]) -> Callable[[], None]:
+            self.kept_bytes += 50 << 20
+            return work
+
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", Leaks)
+    want = trained(tuned("qwen-tiny", layers=3), 4)
+    model = octavo.graph_layers(tuned("qwen-tiny", layers=3))
+    for one, other in zip(want, trained(model, 4), strict=True):
+        assert_equal(one, other)
+    state = graphs_state(model)
+    reason = "recordings kept 0.10 GB that they should have given back"
+    assert (state.recordings, state.unrecorded[reason]) == (1, 4)
+    assert f"No more decoder layers are recorded as CUDA graphs: {reason}" in caplog.text

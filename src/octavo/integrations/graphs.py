@@ -35,6 +35,8 @@ LIMIT = 4
 # Kinds of calls that are remembered while they wait for their turn.
 _WAITING = 64
 _EARLY = f"the first {WARM_UP} forwards of a kind"
+# Of all recordings together: memory that is lost anew with each layer is noticed after the first few.
+_MOST_KEPT = 64 << 20
 _OTHERS = f"{LIMIT} other kinds of calls, as row lengths, are recorded"
 
 
@@ -219,6 +221,13 @@ class LayerGraphs:
             logger.debug("Recording a decoder layer failed.", exc_info=error)
             raise Unrecordable(self.shared.stopped) from error
         self.recordings[key] = recording
+        kept = self.shared.recorder.kept_bytes
+        if kept > _MOST_KEPT:
+            self.shared.stopped = f"recordings kept {kept / 1e9:.2f} GB that they should have given back"
+            logger.warning(
+                "No more decoder layers are recorded as CUDA graphs: %s. Set graphs to false if memory runs short.",
+                self.shared.stopped,
+            )
         return recording
 
 
