@@ -146,6 +146,40 @@ def test_ranks(launched: list[Mode], rank: int, rounded: bool) -> None:
     close(out, case.expected(), ROUNDED)
 
 
+@pytest.mark.parametrize("block", [(128, 128), (256, 128), (128, 256)], ids=str)
+@pytest.mark.parametrize("sizes", [(96, 320), (320, 192)], ids=str)
+@pytest.mark.parametrize("way", ["forward", "input gradient", "SwiGLU", "gate's gradient"])
+def test_blocks_that_do_not_divide(
+    launched: list[Mode], way: str, sizes: tuple[int, int], block: tuple[int, int]
+) -> None:
+    """Neither the widths nor where gates end and ups begin."""
+    flip = way.endswith("gradient")
+    parts = 2 if way in ("input gradient", "SwiGLU") else 1
+    case = Case(RAGGED, *sizes, ScaleLayout("block", block), flip=flip, parts=parts)
+    out = case.empty(case.features * (2 if way == "gate's gradient" else 1))
+    gradient = h = None
+    if way == "SwiGLU":
+        h = case.empty(sizes[0])
+    if way == "gate's gradient":
+        z = torch.ones(case.num_rows, 2 * case.features).bfloat16()
+        gradient = GateGradient(z, torch.ones(case.num_rows), torch.empty(2 * -(-case.features // 256), case.num_rows))
+    product(
+        case.operand, case.weight, case.offsets_E, out, flip=flip, lora=case.lora, h=h, gradient=gradient, tokens=64
+    )
+    want = case.expected()
+    if gradient is not None:
+        # at gate = up = 1: silu's derivative, and silu
+        silu = torch.tensor(1.0).sigmoid().double()
+        want = torch.cat([want * (silu + silu * (1 - silu)), want * silu], 1)
+    close(out, want, TABLE_ROUNDED)
+
+
+def test_parts_that_meet_in_a_tile_are_refused(launched: list[Mode]) -> None:
+    case = Case(RAGGED, 96, 320, BLOCK, parts=2)
+    with pytest.raises(AssertionError):
+        product(case.operand, case.weight, case.offsets_E, case.empty(case.features), tokens=64)
+
+
 @pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
 def test_slabs_of_an_odd_number(launched: list[Mode], flip: bool) -> None:
     """A tile begins while some threads still add the last slab of the tile before."""

@@ -35,9 +35,9 @@ WAYS = [
 __all__ = ["launched", "library"]
 
 
-def case_of(layout: ScaleLayout, rank: int | None = 12) -> Case:
+def case_of(layout: ScaleLayout, rank: int | None = 12, intermediate: int | None = None) -> Case:
     """In float32, with inputs that bfloat16 can hold."""
-    intermediate = 128 if layout is BLOCK else 160
+    intermediate = intermediate or (128 if layout is BLOCK else 160)
     case = Case(INDEX, torch.bfloat16, layout, num_experts=4, hidden=256, intermediate=intermediate, rank=rank)
     case.inputs = {name: tensor.detach().float().requires_grad_() for name, tensor in case.inputs.items()}
     case.dy = case.dy.float()
@@ -103,14 +103,24 @@ def test_fp8_rounds_where_the_reference_does() -> None:
     assert_close(run(case, select("reference", "fp8")), run(case, HopperEngine("scaled", "fp8", wide=False)), 2e-2)
 
 
+def own(z: Tensor) -> Tensor:
+    gate, up = z.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def test_blocks_of_gates_and_ups_that_meet_in_a_tile(narrowed: list[Mode]) -> None:
+    """With a model's own gate the up product is Triton's, and the others are these."""
+    case, engine = case_of(BLOCK, intermediate=160), HopperEngine("fused", "exact", wide=False)
+    want = exact(case)
+    for gate, products in ((SWIGLU, 4), (ModelGate("own", own), 3)):
+        narrowed.clear()
+        assert_close(want, run(case, engine, gate), TOLERANCE["exact"])
+        assert len(narrowed) == products
+
+
 @pytest.mark.parametrize(("rank", "numerics"), [(None, "exact"), (40, "fp8")])
 def test_ranks_and_a_models_own_gate(rank: int | None, numerics: str) -> None:
     """Without LoRA, and beyond the ranks of which sums are kept beside a product."""
-
-    def own(z: Tensor) -> Tensor:
-        gate, up = z.chunk(2, -1)
-        return torch.nn.functional.silu(gate) * up
-
     case = case_of(CHANNEL, rank)
     engine = HopperEngine("fused" if numerics == "exact" else "scaled", numerics, wide=False)
     want = exact(case)

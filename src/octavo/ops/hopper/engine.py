@@ -21,7 +21,18 @@ from octavo.ops.engines import Projection, ProjectionGrads, Wants
 from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
 from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode
-from octavo.ops.hopper.product import FEATURES, MAX_EXPERTS, RANKS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
+from octavo.ops.hopper.product import (
+    FEATURES,
+    MAX_EXPERTS,
+    RANKS,
+    ROWS_UP,
+    Bank,
+    GateGradient,
+    LoraStep,
+    Rows,
+    product,
+    straddles,
+)
 from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
@@ -37,13 +48,18 @@ class HopperEngine(KernelEngine):
             return False
         return side.weight.num_experts <= MAX_EXPERTS
 
+    def _reads_scales(self, side: Projection) -> bool:
+        return self._way("up", side.weight) != "bank"
+
     def _rounds(self, site: Site, side: Projection) -> bool:
         return self._way(site, side.weight) == "scaled"
 
     def up(
         self, x_TH: Tensor, routing: Routing, up: Projection, gate: Gate, down: Projection
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not self._takes(x_TH, up):
+        # the product's own h is for the other product, which may be Triton's
+        fuses = isinstance(gate, SwiGlu) and self._takes(x_TH, down)
+        if not self._takes(x_TH, up) or (not fuses and self._reads_scales(up) and straddles(_codes(up))):
             z_MG, h_MI, xa_MR = super().up(x_TH, routing, up, gate, down)
             return z_MG, self.arrange(h_MI, down), xa_MR
         from octavo.ops.kernels.interleave import interleave
@@ -61,8 +77,7 @@ class HopperEngine(KernelEngine):
             rows = Rows(interleave(x_TH, ROWS_UP), routing.token_M)
         z_MG = x_TH.new_empty((routing.num_rows, weight.out_features))
         lora = None if up.lora is None else _step(xa_MR, up.lora.B_ENR)
-        # the product's own h is for the other product, which may be Triton's
-        if isinstance(gate, SwiGlu) and self._takes(x_TH, down):
+        if fuses:
             h_MI = x_TH.new_empty((routing.num_rows, weight.rows))
             self._grouped("up", rows, weight, routing, z_MG, lora, h=h_MI)
             return z_MG, h_MI, xa_MR

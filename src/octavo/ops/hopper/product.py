@@ -156,6 +156,13 @@ def _encoded(
     return (ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque))
 
 
+def straddles(weight: Float8Weight) -> bool:
+    """Whether the blocks of two parts meet among the features of a tile, which read one scale: a product that is not
+    flipped takes such a weight with ``h`` alone, where gates and ups have tiles of their own.
+    """
+    return weight.parts > 1 and weight.block[1] < weight.in_features and weight.rows % FEATURES != 0
+
+
 def product(
     rows: Rows,
     weight: Float8Weight,
@@ -183,6 +190,7 @@ def product(
         return
     wide = rows.values.dtype == torch.bfloat16
     whole_row = weight.block[1] >= weight.in_features
+    assert flip or h is not None or bank is not None or not straddles(weight)
     if bank is not None:
         assert wide
         scale = NONE
