@@ -174,6 +174,18 @@ def test_blocks_that_do_not_divide(
     close(out, want, TABLE_ROUNDED)
 
 
+@pytest.mark.parametrize(
+    ("block", "flip"), [((256, 128), True), ((128, 256), False), ((256, 256), True), ((384, 128), True)], ids=str
+)
+def test_slabs_of_wide_blocks(launched: list[Mode], block: tuple[int, int], flip: bool) -> None:
+    """A block is several steps of the contraction, of one scale."""
+    sizes = (768, 512)
+    case = Case((40, 3), *sizes, ScaleLayout("block", block), flip=flip, rounded=True)
+    out = case.empty(case.features)
+    product(case.operand, case.weight, case.offsets_E, out, flip=flip, lora=case.lora, tokens=64)
+    close(out, case.expected(), ROUNDED)
+
+
 def test_parts_that_meet_in_a_tile_are_refused(launched: list[Mode]) -> None:
     case = Case(RAGGED, 96, 320, BLOCK, parts=2)
     with pytest.raises(AssertionError):

@@ -238,7 +238,8 @@ __device__ __forceinline__ void load_slab_scales(
     const Params& p, const Tile& t, int step, u32 to, int thread, const int* source
 ) {
     if (thread < BN) {
-        int group = min(step, p.act_groups - 1);
+        int group = divide(step * BC, FLIP ? p.sb_n : p.sb_k, FLIP ? p.sb_n_magic : p.sb_k_magic);
+        group = min(group, p.act_groups - 1);
         copy4(to + thread * 4, p.act_scale + (long long)source[thread] * p.act_groups + group);
     }
     if (thread < 2) copy4(to + SLAB_WEIGHTS + thread * 4, slab_scale_at(p, t, step, thread));
