@@ -295,12 +295,12 @@ def test_evaluation_and_early_stopping_keep_the_best_adapter(tmp_path, checkpoin
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_the_optimizer(tmp_path, chats):
-    """One example holds a token whose embedding is NaN; until its turn, all is well."""
+    """One example holds a token whose embedding is infinite; until its turn, all is well."""
     folder, out = tmp_path / "model", tmp_path / "run"
     model = Qwen3MoeForCausalLM(tiny_config())
     [bad] = byte_tokenizer()("Z")["input_ids"]
     with torch.no_grad():
-        model.get_input_embeddings().weight[bad] = torch.nan
+        model.get_input_embeddings().weight[bad] = torch.inf
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     rows = [chat(index) for index in range(24)]
