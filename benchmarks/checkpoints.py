@@ -479,11 +479,16 @@ def write(
     return write_kind(resolve(name, layers=layers, tiny=tiny), folder, shard_bytes=shard_bytes, seed=seed)
 
 
-def write_kind(kind: Kind, folder: Path, *, shard_bytes: int = SHARD_BYTES, seed: int = 0) -> int:
-    """Write a checkpoint of ``kind`` and return the bytes of its tensors."""
+def write_config(kind: Kind, folder: Path) -> None:
+    """Write the config of ``kind``."""
     folder.mkdir(parents=True, exist_ok=True)
     quantization = quantization_config(kind)
     (folder / "config.json").write_text(json.dumps({**kind.sizes, "quantization_config": quantization}, indent=2))
+
+
+def write_kind(kind: Kind, folder: Path, *, shard_bytes: int = SHARD_BYTES, seed: int = 0) -> int:
+    """Write a checkpoint of ``kind`` and return the bytes of its tensors."""
+    write_config(kind, folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(octavo.demo.checkpoint("glm-tiny" if kind.name == "glm" else "qwen-tiny") / file, folder / file)
     files = shards((entry for stack in stacks(kind) for entry in entries(kind, stack)), shard_bytes)
@@ -549,7 +554,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / GB)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config-only", action="store_true", help="nothing but config.json, which a plan is made of")
     args = parser.parse_args()
+    if args.config_only:
+        write_config(resolve(args.model, layers=args.layers, tiny=args.tiny), args.folder)
+        return
     start = time.perf_counter()
     size = write(
         args.model, args.folder, layers=args.layers, tiny=args.tiny, shard_bytes=int(args.shard_gb * GB), seed=args.seed

@@ -19,3 +19,8 @@ class AdapterError(OctavoError):
 
 class ConfigError(OctavoError):
     """A run's configuration is wrong: unknown key, impossible value, missing file."""
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says in its first line, for a message of ours; its kind, where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

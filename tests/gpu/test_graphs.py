@@ -10,15 +10,16 @@ import octavo
 from octavo import demo
 from octavo.integrations import graphs
 from octavo.integrations.graphs import graphs_state
-from tests.gpu.device import needs_gpu
+from octavo.integrations.quantizer import Residence
+from tests.gpu.device import DEVICE, needs_gpu
 from tests.integrations.test_graph_layers import assert_equal
 
 pytestmark = needs_gpu
 
 
-def tuned(name: str) -> nn.Module:
+def tuned(name: str, experts: Residence = "resident") -> nn.Module:
+    model = octavo.load_model(demo.checkpoint(name), experts=experts, device_map=DEVICE)
     torch.manual_seed(0)
-    model = octavo.load_model(demo.checkpoint(name))
     adapted = peft.get_peft_model(model, octavo.lora_config(model, r=8))
     for key, parameter in adapted.named_parameters():
         if "lora_B" in key:

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from octavo import demo
 from octavo.errors import EngineError
 from octavo.ops.ring import HostRing, _Copies, _Slot
 from tests.gpu.device import DEVICE, needs_gpu
-from tests.gpu.test_graphs import trained
+from tests.gpu.test_graphs import trained, tuned
 from tests.integrations.test_graph_layers import assert_equal
 from tests.integrations.test_host_experts import hosted, rings
 
@@ -23,18 +22,6 @@ pytestmark = needs_gpu
 # Some 10 ms, which is more than a layer of these takes.
 CYCLES = 20_000_000
 STEPS = 3
-
-
-def tuned(name: str, experts: str) -> nn.Module:
-    model = octavo.load_model(demo.checkpoint(name), experts=experts, device_map=DEVICE)  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, octavo.lora_config(model, r=8))
-    for key, parameter in adapted.named_parameters():
-        if "lora_B" in key:
-            nn.init.normal_(parameter, std=0.02)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    return adapted.train()
 
 
 def late_copies(patch: pytest.MonkeyPatch) -> None:

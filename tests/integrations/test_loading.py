@@ -85,6 +85,8 @@ def test_numerics_of_fp8_are_refused_where_nothing_is_in_fp8(built: Callable[...
     with pytest.raises(EngineError, match="has none: nothing would change"):
         octavo.configure(model, numerics=numerics)
     assert all(m.settings == Settings() for m in model.modules() if isinstance(m, DenseExperts))
+    with pytest.raises(EngineError, match=r"engine 'fused' reads FP8 weights, and Glm.* has none"):
+        octavo.load_model(folder, engine="fused")
 
 
 def test_configure_changes_every_module_or_none(built: Callable[..., Built]) -> None:

@@ -43,6 +43,14 @@ def test_integers_are_not_cast_to_weights(built: Callable[..., Built], tmp_path:
         octavo.load_model(folder)
 
 
+def test_a_routers_correction_that_is_nan_is_named(built: Callable[..., Built], tmp_path: Path) -> None:
+    """It is a buffer, and would choose the same experts for every token."""
+    folder, key = copy_of(built(layout="ct-channel", arch="glm"), tmp_path / "copy"), "mlp.gate.e_score_correction_bias"
+    edit_tensors(folder, lambda tensors: tensors[f"model.layers.1.{key}"][0].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=rf"{key}' has 1 of 6 numbers that are NaN"):
+        octavo.load_model(folder)
+
+
 @pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.gate.weight"])
 @pytest.mark.parametrize("layout", ["ct-channel", "bf16"])
 def test_plain_weights_that_are_nan_are_named(

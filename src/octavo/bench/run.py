@@ -16,7 +16,7 @@ from octavo.bench import upstream
 from octavo.bench.layer import TOLERANCE, LayerCase, Results, baseline, errors
 from octavo.bench.shapes import LayerShape, floor_ms
 from octavo.bench.timing import graph_ms, transient_mib, wall_ms
-from octavo.errors import EngineError
+from octavo.errors import EngineError, first_line
 from octavo.ops.capability import triton_missing
 from octavo.ops.choice import ENGINES, NUMERICS, choose, computes, why_not
 from octavo.ops.dequant import CHUNK_BYTES
@@ -123,8 +123,7 @@ def measure(case: LayerCase, chosen: list[Way]) -> Iterator[Measured]:
         try:
             found = _measured(case, way, exact)
         except failures as error:
-            text = (str(error).splitlines() or [""])[0]
-            found = Measured(way, None, f"failed: {type(error).__name__}: {text}")
+            found = Measured(way, None, f"failed: {type(error).__name__}: {first_line(error)}")
         yield found
 
 

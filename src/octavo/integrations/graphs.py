@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from octavo.errors import EngineError
+from octavo.errors import EngineError, first_line
 from octavo.integrations.layers import TrainedLayer, decoder_layers, set_graphs, trained_layers
 from octavo.integrations.recorder import RECORDERS, Recorder, Slots, Unrecordable
 from octavo.integrations.recording import Autocast, Call, Recording, flatten, replay
@@ -217,7 +217,7 @@ class LayerGraphs:
         except RuntimeError as error:
             # Of torch's making: what one layer cannot, the next will not either.
             self.shared.slots.forget()
-            self.shared.stopped = f"recording it failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            self.shared.stopped = f"recording it failed: {first_line(error)}"
             logger.debug("Recording a decoder layer failed.", exc_info=error)
             raise Unrecordable(self.shared.stopped) from error
         self.recordings[key] = recording

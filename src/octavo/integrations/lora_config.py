@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from octavo.errors import AdapterError, CheckpointError
+from octavo.errors import AdapterError, CheckpointError, first_line
 from octavo.integrations.targets import Group, Weight, bare_name, find_weights, shortest_endings
 
 TARGETS: dict[str, Group] = {
@@ -139,7 +139,7 @@ def skeleton(path_or_id: str | Path, dtype: torch.dtype | None = None) -> PreTra
         ) from error
     except ValueError as error:
         raise CheckpointError(
-            f"transformers cannot read the config.json of {path_or_id}: {str(error).splitlines()[0]} Check model_type, "
+            f"transformers cannot read the config.json of {path_or_id}: {first_line(error)} Check model_type, "
             "and that transformers is new enough for this model."
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

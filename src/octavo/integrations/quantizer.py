@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -22,13 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.checkpoint.accounting import Ledger, open_ledger
 from octavo.checkpoint.stream import TORCH_DTYPES
-from octavo.checkpoint.values import check_codes, check_numbers, check_scales
 from octavo.errors import CheckpointError, EngineError
 from octavo.integrations import conversions
 from octavo.integrations.claims import Claims, Float8Target, StackedTarget, claim
 from octavo.integrations.delivery import Delivery, memory_of
 from octavo.integrations.experts import experts_layout, gate_of, why_not_ours
 from octavo.integrations.peft import install
+from octavo.integrations.values import check_plain_values, check_values
 from octavo.nn.experts import DenseExperts, Float8Experts, OctavoExperts, adopt_dense, adopt_float8
 from octavo.nn.host import HostMemory
 from octavo.nn.linear import Float8Linear
@@ -324,71 +323,6 @@ def _load_shards_locally(module: nn.Module) -> None:
     module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
 
 
-def check_values(model: PreTrainedModel, claims: Claims) -> None:
-    """Check every loaded scale and code where it lies; see :mod:`octavo.checkpoint.values`.
-
-    Raises :class:`CheckpointError` naming the file and the tensor.
-    """
-    targets = [*(target for stacks in claims.experts.values() for target in stacks.values()), *claims.linears.values()]
-    for target in targets:
-        owner = model.get_submodule(target.owner)
-        codes = unsealed(owner.get_parameter(target.parameter))
-        scale_name = "weight_scale" if isinstance(owner, Float8Linear) else f"{target.parameter}_scale"
-        scales = unsealed(owner.get_parameter(scale_name))
-        try:
-            check_scales(target.name, scales)
-            check_codes(target.name, codes)
-        except CheckpointError:
-            _name_culprit(target, codes, scales)
-            raise
-        if target.static_input:
-            name = "input_scale" if isinstance(owner, Float8Linear) else f"{target.parameter}_input_scale"
-            _check_static_inputs(target, unsealed(owner.get_parameter(name)))
-
-
-def check_plain_values(model: nn.Module) -> None:
-    """Check every weight of ``model`` that is not quantized; of a sharded one, what is here.
-
-    Raises :class:`CheckpointError` naming the tensor.
-    """
-    parameters = ((name, parameter.data) for name, parameter in model.named_parameters())
-    check_numbers((name, t.to_local() if isinstance(t, DTensor) else t) for name, t in parameters)
-
-
-def _check_static_inputs(target: Float8Target, inputs: Tensor) -> None:
-    """``inputs``: static activation scales, [1, 1] or [E, parts, 1]."""
-    try:
-        check_scales(target.name, inputs)
-    except CheckpointError:
-        # parts are the slow axis of the sources
-        in_order = inputs.reshape(-1, len(target.sources) // inputs.shape[0] if inputs.ndim == 3 else 1).T.reshape(-1)
-        for source, scale in zip(target.sources, in_order, strict=True):
-            assert source.activation is not None
-            check_scales(f"{source.activation.file.name}: {source.activation.key}", scale)
-        raise
-
-
-def _name_culprit(target: Float8Target, codes: Tensor, scales: Tensor) -> None:
-    """Check the tensors that a stack was made of one by one, so that the error names the one in the file."""
-    if len(target.sources) == 1:
-        pieces = [(target.sources[0], codes, scales)]
-    else:
-        num_experts = codes.shape[0]
-        parts = len(target.sources) // num_experts
-        pieces = [
-            (
-                target.sources[part * num_experts + expert],
-                codes[expert].chunk(parts)[part],
-                scales[expert].chunk(parts)[part],
-            )
-            for expert in range(num_experts)
-            for part in range(parts)
-        ]
-    for source, source_codes, source_scales in pieces:
-        check_scales(f"{source.scale.file.name}: {source.scale.key}", source_scales)
-        check_codes(f"{source.weight.file.name}: {source.weight.key}", source_codes)
-
-
 def adopt_dense_experts(model: nn.Module, settings: Settings) -> list[str]:
     """Put unquantized experts on octavo's forward; returns the names of those that stay on the model's own, with the
     reason.
@@ -423,6 +357,10 @@ def _check_engines(model: nn.Module, settings: Settings) -> None:
         raise EngineError(
             f"numerics {settings.numerics!r} is about products with FP8 weights, and {type(model).__name__} has none: "
             "nothing would change. Leave numerics at 'exact', or load a checkpoint in FP8."
+        )
+    if not quantized and settings.engine in ("fused", "scaled"):
+        raise EngineError(
+            f"engine {settings.engine!r} reads FP8 weights, and {type(model).__name__} has none. Leave it at 'auto'."
         )
     for module in model.modules():
         if isinstance(module, OctavoExperts):
@@ -477,7 +415,6 @@ __all__ = [
     "OctavoConfig",
     "OctavoQuantizer",
     "adopt_dense_experts",
-    "check_values",
     "configure",
     "prepare",
     "require_experts",

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo.errors import first_line
 from octavo.ops.capture import capturing
 
 
@@ -66,7 +67,7 @@ class CudaRecorder:
                 raise
             except RuntimeError as error:
                 # It went well a moment ago, so this is what is not allowed now.
-                raise Unrecordable(f"it waits for the GPU ({str(error).splitlines()[0]})") from error
+                raise Unrecordable(f"it waits for the GPU ({first_line(error)})") from error
             after = generator.get_state()
         finally:
             generator.set_state(start)

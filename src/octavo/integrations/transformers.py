@@ -23,7 +23,7 @@ from transformers import (
 from transformers.quantizers import auto
 
 from octavo.checkpoint.accounting import Ledger, collector_paused, open_ledger
-from octavo.errors import CheckpointError, EngineError
+from octavo.errors import CheckpointError, EngineError, first_line
 from octavo.formats.scheme import is_fp8
 from octavo.integrations.delivery import Delivery, single_device
 from octavo.integrations.describe import describe
@@ -32,11 +32,11 @@ from octavo.integrations.quantizer import (
     OctavoConfig,
     OctavoQuantizer,
     Residence,
-    check_plain_values,
     configure,
     prepare,
     require_experts,
 )
+from octavo.integrations.values import check_plain_values
 from octavo.nn.settings import Settings
 from octavo.ops.kept import Activations
 
@@ -88,7 +88,7 @@ def load_model(
         config = AutoConfig.from_pretrained(folder)
     except ValueError as error:
         raise CheckpointError(
-            f"transformers cannot read {folder / 'config.json'}: {str(error).splitlines()[0]} Check model_type, and "
+            f"transformers cannot read {folder / 'config.json'}: {first_line(error)} Check model_type, and "
             f"that "
             "transformers is new enough for this model."
         ) from error

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, first_line
 from octavo.formats.weight import Float8Weight
 from octavo.nn.experts import OctavoExperts
 from octavo.nn.linear import Float8Linear
@@ -125,7 +125,7 @@ def _run(
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise PlanError(
             f"the layers of {type(base).__name__} cannot be run without numbers, so their memory cannot be planned: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{first_line(error)}"
         ) from error
     finally:
         decoder._modules[owner] = whole

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from octavo.checkpoint.accounting import open_ledger
 from octavo.errors import CheckpointError
 from octavo.formats.scheme import QuantScheme, ScaleLayout, parse_scheme
-from octavo.integrations.claims import DiskNames, claim, float8_linears
+from octavo.integrations.claims import claim, float8_linears
+from octavo.integrations.disk_names import DiskNames
 from octavo.integrations.experts import experts_layout, gate_of
 from octavo.integrations.lora_config import lora_config, skeleton
 from octavo.integrations.peft import install

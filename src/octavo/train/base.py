@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 import octavo
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, first_line
 from octavo.integrations.announced import rehearse
 from octavo.train.config import LoraSection, OptimizationSection, RunConfig
 from octavo.train.folder import RunFolder
@@ -116,7 +116,7 @@ class BaseRun(ABC):
             if config.model.attention == "auto":
                 raise
             raise ConfigError(
-                f"`model.attention: {config.model.attention}` cannot be had here: {str(error).splitlines()[0]} Leave "
+                f"`model.attention: {config.model.attention}` cannot be had here: {first_line(error)} Leave "
                 "it at `auto`."
             ) from error
         lora = adapter_config(model, config.lora)

@@ -57,11 +57,15 @@ class SaveOnFailure(TrainerCallback):  # type: ignore[misc]  # transformers is u
         train, of which others may wait in a reduction.
         """
         trainer = self._trainer
+        if self._random is None or self._in_step or trainer.args.world_size > 1:
+            return None
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        spoilt = isinstance(error, TrainingError) or not all(
-            bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad
-        )
-        if self._random is None or self._in_step or spoilt or trainer.args.world_size > 1 or is_whole(folder):
+        try:
+            finite = all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad)
+        except RuntimeError:
+            # A GPU that failed answers nothing any more; what it failed of is the error to tell.
+            return None
+        if isinstance(error, TrainingError) or not finite or is_whole(folder):
             return None
         random.setstate(self._random["python"])
         torch.set_rng_state(self._random["cpu"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, first_line
 from octavo.train.meter import Meter
 
 
@@ -33,7 +33,7 @@ def saving(what: str, folder: Path | str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors have errors of their own for a disk that is full.
         raise SavingError(
-            f"{what} cannot be written to {folder}: {str(error).splitlines()[0]}. Make room there; the same command "
+            f"{what} cannot be written to {folder}: {first_line(error)}. Make room there; the same command "
             "goes on from the last checkpoint that is whole."
         ) from error
 

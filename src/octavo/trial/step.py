@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 from trl.trainer.utils import add_fused_lm_head
 
 import octavo
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, first_line
 from octavo.integrations.graphs import graphs_state
 from octavo.integrations.quantizer import Residence
 from octavo.plan.skeleton import Adapters
@@ -373,10 +373,10 @@ def main() -> None:
         except OctavoError as error:
             result = {"error": str(error), **asdict(row)}
         except torch.OutOfMemoryError as error:
-            result = {"error": f"out of memory: {str(error).splitlines()[0]}", **asdict(row)}
+            result = {"error": f"out of memory: {first_line(error)}", **asdict(row)}
         except RuntimeError as error:
             # Of torch's making: the rows that are left may do better.
-            result = {"error": (str(error).splitlines() or [type(error).__name__])[0], **asdict(row)}
+            result = {"error": first_line(error), **asdict(row)}
         print(json.dumps(result), flush=True)
 
 
