@@ -165,6 +165,13 @@ class _Tuner:
                 if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                     warnings.warn(f"{field} has {pattern!r}, which matches nothing that is adapted.", stacklevel=2)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
+        if isinstance(new_module, ParamWrapper):
+            # it went where the codes are, which is the host for experts that are kept there
+            for adapter in new_module.lora_A:
+                new_module._move_adapter_to_device_of_base_layer(adapter)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)  # type: ignore[misc]

@@ -164,6 +164,7 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
         # What loading took at its highest is not the step's.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    before = _allocated(where)
     seconds = []
     for _ in range(row.steps):
         start = time.perf_counter()
@@ -192,6 +193,7 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
         "step_ms": 1e3 * typical,
         "step_ms_all": [1e3 * second for second in seconds],
         "loaded_gb": loaded.bytes / GB,
+        "before_gb": before / GB,
         "peak_allocated_gb": torch.cuda.max_memory_allocated() / GB if where.type == "cuda" else None,
         "peak_reserved_gb": torch.cuda.max_memory_reserved() / GB if where.type == "cuda" else None,
         "plan_gb": None,
