@@ -8,6 +8,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 # Triton is there where a GPU is; the names are tests and their fixture, which pytest finds in this module.
 if torch.cuda.is_available():
     from tests.ops.kernels.conftest import poisoned_memory  # noqa: F401
+    from tests.ops.kernels.test_adamw_8bit import *  # noqa: F403
     from tests.ops.kernels.test_biases import *  # noqa: F403
     from tests.ops.kernels.test_large import *  # noqa: F403
     from tests.ops.kernels.test_lora_backward import *  # noqa: F403

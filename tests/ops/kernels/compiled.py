@@ -109,6 +109,20 @@ def compile_plain(model: str, tokens: int) -> None:
         layer.step(forward)
 
 
+def compile_adamw_8bit() -> None:
+    """The optimizer's step, of either dtype."""
+    import torch
+
+    from octavo.ops.kernels.adamw_8bit import Moment, Numbers, Tensors, step
+
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.empty(8, 256, dtype=dtype)
+        moment = Moment(torch.empty(8, 256, dtype=torch.uint8), torch.empty(8), torch.empty(256))
+        for stochastic in (False, True):
+            numbers = Numbers(1e-4, 1e-6, (0.1, 0.001), (0.1, 0.03), 1e-8)
+            step([Tensors(p, p, moment, moment)], numbers, stochastic=stochastic)
+
+
 def main(jobs: list[str]) -> None:
     compile_only()
     from benchmarks.layer import blank_case, compile_one, engines
@@ -117,6 +131,9 @@ def main(jobs: list[str]) -> None:
     numbers = {f"{name}-{numerics}": number for number, (numerics, name, _) in enumerate(engines())}
     for job in jobs:
         model, tokens, engine = job.split(":")
+        if engine == "adamw_8bit":
+            compile_adamw_8bit()
+            continue
         if engine == "few":
             compile_few(model, int(tokens))
             continue
