@@ -14,6 +14,7 @@ from transformers import Adafactor
 
 from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES, StreamCopies, leaves
 from octavo.plan.terms import Optimizer as Name
+from octavo.train.adamw_8bit import fused_adamw_8bit
 from octavo.train.offloaded_optimizer import OffloadedOptimizer, offloaded
 
 from .device import DEVICE, needs_gpu
@@ -51,7 +52,7 @@ def optimizer_of(name: Name, of: Sequence[nn.Parameter]) -> Optimizer:
         return Adafactor(groups, lr=1e-2, scale_parameter=False, relative_step=False)
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(groups, lr=1e-2, bf16_stochastic_round=True)
+    return fused_adamw_8bit(AdamW8bit(groups, lr=1e-2, bf16_stochastic_round=True))
 
 
 def step(optimizer: Optimizer, of: Sequence[nn.Parameter], number: int) -> None:

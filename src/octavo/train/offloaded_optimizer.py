@@ -24,6 +24,7 @@ from octavo.nn.host import HostMemory
 from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES, Copies, Wait, copies_for, leaves, with_leaves
 from octavo.plan.terms import Optimizer as Name
 from octavo.plan.terms import state_tensors
+from octavo.train.adamw_8bit import fused_adamw_8bit
 
 
 @dataclass(eq=False)
@@ -265,8 +266,9 @@ class OffloadsOptimizer:
         self._offloaded_name = name
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """The trainer's optimizer, with its states in host memory if that was asked for."""
+        """The trainer's optimizer, with octavo's step where there is one, and states in host memory if so asked."""
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = self.optimizer = fused_adamw_8bit(optimizer)
         if self._offloaded_name is not None and not isinstance(optimizer, OffloadedOptimizer):
             optimizer = self.optimizer = offloaded(optimizer, self._offloaded_name)
         return optimizer

@@ -31,6 +31,7 @@ from octavo.integrations.graphs import graphs_state
 from octavo.integrations.quantizer import Residence
 from octavo.plan.skeleton import Adapters
 from octavo.plan.terms import Optimizer, Planner, Request
+from octavo.train.adamw_8bit import fused_adamw_8bit
 from octavo.train.offload import HiddenStatesOnHost
 from octavo.train.offloaded_optimizer import offloaded
 from octavo.trial.profile import profiled
@@ -280,8 +281,7 @@ def _optimizer(row: Row, parameters: list[nn.Parameter]) -> torch.optim.Optimize
             from torchao.optim import AdamW8bit
         except ModuleNotFoundError as error:
             raise OctavoError("optimizer adamw_8bit needs torchao. Run: pip install 'octavo[adamw8bit]'") from error
-        eight: torch.optim.Optimizer = AdamW8bit(parameters, lr=1e-4, bf16_stochastic_round=True)
-        return eight
+        return fused_adamw_8bit(AdamW8bit(parameters, lr=1e-4, bf16_stochastic_round=True))
     raise OctavoError(f"a bench of optimizer {row.optimizer} does not exist; choose adamw, adamw_8bit or sgd.")
 
 
