@@ -167,10 +167,11 @@ class _Tuner:
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
-        if isinstance(new_module, ParamWrapper):
-            # it went where the codes are, which is the host for experts that are kept there
-            for adapter in new_module.lora_A:
-                new_module._move_adapter_to_device_of_base_layer(adapter)
+        # all inside went where the codes are, which is the host for experts that are kept there
+        for module in new_module.modules():
+            if isinstance(module, ParamWrapper):
+                for adapter in module.lora_A:
+                    module._move_adapter_to_device_of_base_layer(adapter)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse(adapter_names)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import first_line
-from octavo.ops.capture import capturing
+from octavo.ops.capture import capture_stream, capturing
 
 
 class Unrecordable(RuntimeError):
@@ -43,7 +43,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         # One stream for all: the pool hands memory to the stream that freed it.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = capture_stream(device)
         self.kept_bytes = 0
 
     def warm(self, work: Callable[[], None]) -> None:

@@ -50,7 +50,8 @@ constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
 constexpr bool DUAL = STAGE == SWIGLU;
 constexpr int TILE_F = DUAL ? BF / 2 : BF;
 constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
-constexpr bool DRAINS = !BANK && (WIDE || FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
+constexpr bool DRAINS = !WIDE && (FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
+constexpr bool EARLY = FLIP || SCALE != TABLE;   // WIDE: whether a step's first words come before the last one has ended
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
 constexpr int RANKS = 16;             // OUTER: of its sums
@@ -456,58 +457,66 @@ struct Ring {
 struct Work {
     float acc[MT][BN / 2];
 
-    // one step of bfloat16 activations
-    __device__ __forceinline__ void wide_step(u32 base, int group, int warp, int lane) {
-        int q = lane & 3;
-        u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES;
-        u32 hold[HOLD][MT][4];
-        // a product's words for two multiplications: non-flipped {half 0, half 1} of chunks k and k + 1, flipped
-        // contraction rows 0 .. 7, 8 .. 15, 16 .. 23 and 24 .. 31, read before they are needed
-        u32 w[2][MT][4], at[MT];
-#pragma unroll
-        for (int tile = 0; tile < MT; ++tile) {
-            int block = group * MT + tile;
-            if (FLIP) {
-                u32 chunk = (block & 1) * 4 + warp;
-                at[tile] = base + (block >> 1) * (128 * BC) + lane * 128 + ((chunk ^ (lane & 7)) * 16);
-            } else {
-                u32 line = block * 64 + warp * 16 + ((lane >> 3) & 1) * 8 + (lane & 7);
-                u32 turn = BC == 128 ? lane & 7 : (lane >> 1) & 3;
-                at[tile] = base + line * BC + (((lane >> 4) ^ turn) * 16);
-            }
-        }
-        auto fetch = [&](int pair) {
+    // Where a step of bfloat16 activations reads, and what it has read ahead: words for two multiplications, non-flipped
+    // {half 0, half 1} of chunks k and k + 1, flipped contraction rows 0 .. 7, 8 .. 15, 16 .. 23 and 24 .. 31; scales.
+    struct Wide {
+        u32 at[MT], table;
+        u32 w[2][MT][4];
+        u32 s[2][4], hi[2], lo[2];
+        __device__ __forceinline__ void fetch(int pair) {
 #pragma unroll
             for (int tile = 0; tile < MT; ++tile) {
                 u32 (&x)[4] = w[pair & 1][tile];
                 if (FLIP) matrix4_turned(at[tile] + pair * 4096, x[0], x[1], x[2], x[3]);
                 else matrix4(at[tile] ^ (pair * 32), x[0], x[1], x[2], x[3]);
             }
-        };
-        u32 s[2][4], hi[2], lo[2];
-        auto fetch_scales = [&](int k) {
+        }
+        __device__ __forceinline__ void fetch_scales(int k) {
             u32 (&y)[4] = s[k & 1];
             lds64(table + k * 64, y[0], y[1]);
             lds64(table + k * 64 + 32, y[2], y[3]);
-        };
-        fetch(0);
-        if (SCALE == TABLE) {
-            if (FLIP) {
-                table += (MT == 2 ? group * 512 : 0) + q * 8;
-                fetch_scales(0);
-            } else {
-                lds64(table, hi[0], lo[0]);
-                lds64(table + 8, hi[1], lo[1]);
-            }
         }
-#pragma unroll
-        for (int k = 0; k < KS; ++k) {
-            if ((k & 1) == 0 && k + 2 < KS) fetch(k / 2 + 1);
-            if (SCALE == TABLE && FLIP && k + 1 < KS) fetch_scales(k + 1);
-            u32 (&a)[MT][4] = hold[k & (HOLD - 1)], (&y)[4] = s[k & 1];
+        // the first words of the slot at `base`
+        __device__ __forceinline__ void begin(u32 base, int group, int warp, int lane) {
+            table = base + A_BYTES + B_BYTES;
 #pragma unroll
             for (int tile = 0; tile < MT; ++tile) {
-                u32 (&x)[4] = w[(k >> 1) & 1][tile];
+                int block = group * MT + tile;
+                if (FLIP) {
+                    u32 chunk = (block & 1) * 4 + warp;
+                    at[tile] = base + (block >> 1) * (128 * BC) + lane * 128 + ((chunk ^ (lane & 7)) * 16);
+                } else {
+                    u32 line = block * 64 + warp * 16 + ((lane >> 3) & 1) * 8 + (lane & 7);
+                    u32 turn = BC == 128 ? lane & 7 : (lane >> 1) & 3;
+                    at[tile] = base + line * BC + (((lane >> 4) ^ turn) * 16);
+                }
+            }
+            fetch(0);
+            if (SCALE == TABLE) {
+                if (FLIP) {
+                    table += (MT == 2 ? group * 512 : 0) + (lane & 3) * 8;
+                    fetch_scales(0);
+                } else {
+                    // of gates and of ups, or of this consumer's features
+                    lds64(table + (DUAL ? 0 : group) * 8, hi[0], lo[0]);
+                    if (DUAL) lds64(table + 8, hi[1], lo[1]);
+                }
+            }
+        }
+    };
+
+    // one step of bfloat16 activations, whose first words are there; its last multiplications are left in flight
+    __device__ __forceinline__ void wide_step(u32 base, int group, Wide& ahead) {
+        u32 b = descriptor(base + A_BYTES);
+        u32 hold[HOLD][MT][4];
+#pragma unroll
+        for (int k = 0; k < KS; ++k) {
+            if ((k & 1) == 0 && k + 2 < KS) ahead.fetch(k / 2 + 1);
+            if (SCALE == TABLE && FLIP && k + 1 < KS) ahead.fetch_scales(k + 1);
+            u32 (&a)[MT][4] = hold[k & (HOLD - 1)], (&y)[4] = ahead.s[k & 1];
+#pragma unroll
+            for (int tile = 0; tile < MT; ++tile) {
+                u32 (&x)[4] = ahead.w[(k >> 1) & 1][tile];
                 if (FLIP) {
                     widen(x[(k & 1) * 2], a[tile][0], a[tile][1]);
                     widen(x[(k & 1) * 2 + 1], a[tile][2], a[tile][3]);
@@ -519,13 +528,18 @@ struct Work {
                 for (int i = 0; i < 4 && SCALE == TABLE; ++i) {
                     if (FLIP) a[tile][i] = fma_bf16(a[tile][i], y[i & 2], mul_bf16(a[tile][i], y[(i & 2) + 1]));
                     else {
-                        int which = DUAL ? (MT == 2 ? tile : i & 1) : group;
-                        a[tile][i] = fma_bf16(a[tile][i], hi[which], mul_bf16(a[tile][i], lo[which]));
+                        int which = DUAL ? (MT == 2 ? tile : i & 1) : 0;
+                        a[tile][i] = fma_bf16(a[tile][i], ahead.hi[which], mul_bf16(a[tile][i], ahead.lo[which]));
                     }
                 }
             }
             multiply(a, b, k);
         }
+    }
+
+    __device__ __forceinline__ void finish(Ring& ring, int slot, int lane) {
+        mma_wait<0>();
+        ring.free(slot, lane);
     }
 
     // one step of a dequantized weight
@@ -555,9 +569,7 @@ struct Work {
         for (int tile = 0; tile < MT; ++tile)
             MMA::wide(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], rows, 1);
         mma_commit();
-        // (operands in flight from one step to the next make the compiler serialize every multiplication)
         if (k + 1 < KS) mma_wait<HOLD - 1>();
-        else mma_wait<0>();
     }
 
     // E4M3 wgmma wants contraction rows 4q .. 4q + 3 of a feature in a word. ldmatrix gives a thread rows 2q and 2q + 1
@@ -706,15 +718,31 @@ struct Work {
         u32 base = 0;
 #pragma unroll
         for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] = 0.f;
+        Wide ahead;
+        if (WIDE && !BANK) {
+            base = ring.wait();
+            ahead.begin(base, group, warp, lane);
+        }
         for (int step = 0; step < main_steps; ++step) {
+            if (WIDE && !BANK) {
+                wide_step(base, group, ahead);
+                previous = ring.next();
+                // operands in flight any longer would make the compiler serialize every multiplication
+                if (!EARLY) finish(ring, previous, lane);
+                if (step + 1 < main_steps) {
+                    base = ring.wait();
+                    ahead.begin(base, group, warp, lane);
+                }
+                if (EARLY) finish(ring, previous, lane);
+                continue;
+            }
             base = ring.wait();
             // a slot whose table is needed after the sum is freed then
             if (BANK) bank_step(base, group, lane, ring, previous);
-            else if (WIDE) wide_step(base, group, warp, lane);
             else if (SCALE == SLAB) slab_step(base, group, warp, lane, factors + (ring.turn ^= FACTORS * 4));
             else narrow_step(base, group, warp, lane, ring, previous);
             previous = ring.next();
-            if (DRAINS && (WIDE || SCALE == SLAB || step + 1 < main_steps)) ring.free(previous, lane);
+            if (DRAINS && (SCALE == SLAB || step + 1 < main_steps)) ring.free(previous, lane);
         }
         mma_wait<0>();
         if (WIDE && SCALE == TABLE) {
