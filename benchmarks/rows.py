@@ -22,11 +22,13 @@ from benchmarks.shapes import MODELS, TOKENS
 from octavo.bench.shapes import LayerShape
 from octavo.ops.kernels import sort
 from octavo.ops.kernels.common import Cut
-from octavo.ops.kernels.lora_backward import CUT, lora_backward
+from octavo.ops.kernels.lora_backward import lora_backward
 from octavo.ops.kernels.outer import outer
-from octavo.ops.kernels.rows import combine, pass_rows, sum_parts
+from octavo.ops.kernels.rows import Rounded, combine, pass_rows, round_rows, sum_parts
 
 RANK = 16
+# columns of one scale in a checkpoint of blocks
+GROUP = 128
 # more than the L2 of any device so far, and few enough copies to capture quickly
 COLD_BYTES, MOST_COPIES = 256 << 20, 8
 # Relative to float32 sums of the same bfloat16 operands: one rounding of the result, and of p·xa or h on the way.
@@ -125,6 +127,20 @@ def skinny(x: Tensor, o: Operands, token_M: Tensor | None, factor: Tensor, cut: 
     return (product,)
 
 
+def whole(rounded: Rounded | None) -> Result:
+    """Codes to be compared bit for bit, and scales."""
+    assert rounded is not None
+    return rounded.codes.view(torch.uint8), rounded.scales
+
+
+def rounded_too(yb_MR: Tensor, dB: Tensor, rounded: Rounded | None) -> Result:
+    return yb_MR, dB, *whole(rounded)
+
+
+ROUNDED = (
+    None, Cut(128, 128, 4, 2), Cut(128, 128, 8, 2), Cut(128, 128, 8, 3), Cut(256, 128, 8, 2), Cut(256, 128, 16, 2),
+    Cut(256, 128, 16, 3),
+)  # fmt: skip
 BOTH = (
     None, Cut(64, 128, 4, 4), Cut(128, 64, 4, 4), Cut(128, 128, 4, 3), Cut(256, 32, 8, 4), Cut(256, 64, 8, 2),
     Cut(512, 32, 8, 3),
@@ -172,9 +188,7 @@ PASSES: dict[str, Pass] = {
         lambda o: nbytes(o.y_MH, o.xa_MR, o.xa_MR, o.down_B, o.down_B),
     ),
     "dy·B and dB, one read": Pass(
-        lambda o, cut: lora_backward(
-            o.x_TH, o.down_B, o.xa_MR, o.offsets_E, token_M=o.token_M, p_M=o.p_M, cut=cut or CUT
-        ),
+        lambda o, cut: lora_backward(o.x_TH, o.down_B, o.xa_MR, o.offsets_E, token_M=o.token_M, p_M=o.p_M, cut=cut)[:2],
         lambda o: PASSES["dy·B and dB, two reads"].want(o),
         lambda o: nbytes(o.y_MH, o.xa_MR, o.xa_MR, o.down_B, o.down_B),
         BOTH,
@@ -185,10 +199,29 @@ PASSES: dict[str, Pass] = {
         lambda o: nbytes(o.z_MG, o.xa_MR, o.xa_MR, o.up_B, o.up_B),
     ),
     "dz·B and dB, one read": Pass(
-        lambda o, cut: lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E, cut=cut or CUT),
+        lambda o, cut: lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E, cut=cut)[:2],
         lambda o: PASSES["dz·B and dB, two reads"].want(o),
         lambda o: nbytes(o.z_MG, o.xa_MR, o.xa_MR, o.up_B, o.up_B),
         BOTH,
+    ),
+    "dz in groups": Pass(
+        lambda o, cut: whole(round_rows(o.z_MG, GROUP, offsets_E=o.offsets_E, cut=cut)),
+        lambda o: whole(round_rows(o.z_MG, GROUP)),
+        lambda o: nbytes(o.z_MG) * 3 // 2,
+    ),
+    "dz·B, dB and dz in groups, two reads": Pass(
+        lambda o, _: (
+            *lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E)[:2],
+            *whole(round_rows(o.z_MG, GROUP, offsets_E=o.offsets_E)),
+        ),
+        lambda o: (*PASSES["dz·B and dB, two reads"].want(o), *whole(round_rows(o.z_MG, GROUP))),
+        lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
+    ),
+    "dz·B, dB and dz in groups, one read": Pass(
+        lambda o, cut: rounded_too(*lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E, group=GROUP, cut=cut)),
+        lambda o: PASSES["dz·B, dB and dz in groups, two reads"].want(o),
+        lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
+        ROUNDED,
     ),
     "dA of down, h from z": Pass(
         lambda o, cut: (
@@ -281,7 +314,7 @@ def main() -> None:
                 one = PASSES[name]
                 want, moved = one.want(first), one.bytes(first)
                 for cut in one.cuts:
-                    label = f"{model:6s}{tokens:6d}  {name:24s}"
+                    label = f"{model:6s}{tokens:6d}  {name:38s}"
                     shown = "*" if cut is None else str(cut)
                     error = worst_error(one.run(first, cut), want)
                     if not error <= TOLERANCE:

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from octavo.ops.kernels.rows import Rounded
 
 Way = Literal["bank", "codes", "scaled"]
+ROUNDS_WITH_LORA = True
+"""Whether one pass rounds groups of columns of an incoming gradient and multiplies it by LoRA's factors. By bytes, not
+yet by time.
+"""
+
 Site = Literal["up", "down", "down_grad", "up_grad"]
 
 
@@ -261,11 +266,23 @@ class KernelEngine(ProductEngine):
         factor, offsets_E = None if side.lora is None else side.lora.B_ENR, routing.offsets_E
         if factor is None or xa_MR is None:
             return *self._rounded_incoming(dy, side, routing, token_M), None
-        if self._way("up_grad", side.weight) != "scaled" and factor.shape[2] <= MOST_RANK:
-            yb_MR, lora_B = lora_backward(dy, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M)
-            return Operand(dy, token_M), yb_MR, lora_B
+        # gathered tokens are rounded once each, not once for every expert
+        group = self._group_with_lora(side) if token_M is None else None
+        if (group or self._way("up_grad", side.weight) != "scaled") and factor.shape[2] <= MOST_RANK:
+            yb_MR, lora_B, rounded = lora_backward(dy, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group)
+            operand = Operand(dy, token_M) if rounded is None else _rounded(rounded, None)
+            return operand, yb_MR, lora_B
         lora_B = outer(dy, xa_MR, offsets_E, rank_first=False, dtype=factor.dtype, token_M=token_M, p_M=p_M)
         return *self._rounded_incoming(dy, side, routing, token_M), lora_B
+
+    def _group_with_lora(self, side: Projection) -> int | None:
+        """Columns of a scale of the incoming gradient, where LoRA's own pass over it can round it."""
+        if not ROUNDS_WITH_LORA or self._way("up_grad", side.weight) != "scaled" or folds_into_rows(_codes(side)):
+            return None
+        from octavo.ops.kernels.lora_backward import MOST_GROUP
+
+        group = _codes(side).block[0]
+        return group if group <= MOST_GROUP and not group & (group - 1) else None
 
     def _rounded_incoming(
         self, dy: Tensor, side: Projection, routing: Routing, token_M: Tensor | None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import octavo.ops.fused as fused
 import octavo.ops.hopper.engine as hopper
 from octavo.formats.scheme import ScaleLayout
 from octavo.ops.choice import select
@@ -101,6 +102,18 @@ def test_fp8_rounds_where_the_reference_does() -> None:
     """What remains is bfloat16 rounding, and codes that it carries over the middle between two."""
     case = case_of(CHANNEL)
     assert_close(run(case, select("reference", "fp8")), run(case, HopperEngine("scaled", "fp8", wide=False)), 2e-2)
+
+
+@pytest.mark.parametrize("switch", ["ROUNDS_WITH_LORA"])
+def test_rounding_beside_other_sums_changes_nothing(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layout in (CHANNEL, BLOCK):
+        case, engine = case_of(layout), HopperEngine("scaled", "fp8", wide=False)
+        got = []
+        for on in (False, True):
+            monkeypatch.setattr(fused, switch, on)
+            got.append(run(case, engine))
+        # of two widths of a tile: sums in another order
+        assert_close(got[0], got[1], 1e-3)
 
 
 def own(z: Tensor) -> Tensor:

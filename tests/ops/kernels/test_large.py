@@ -50,7 +50,7 @@ def test_gathered_rows(far: tuple[Rows, Tensor]) -> None:
     gathered = x_TK[rows.token_M]
     skinny, _ = pass_rows(x_TK, offsets_E=rows.offsets_E, token_M=rows.token_M, factor=factor, contract=1)
     assert skinny is not None
-    yb_MR, dB = lora_backward(x_TK, factor, b_MR, rows.offsets_E, token_M=rows.token_M)
+    yb_MR, dB, _ = lora_backward(x_TK, factor, b_MR, rows.offsets_E, token_M=rows.token_M)
     for name, got in (("skinny", skinny), ("yb", yb_MR)):
         assert_sums(name, got, *grouped(rows, gathered, factor), terms=64)
     dA = outer(x_TK, b_MR, rows.offsets_E, rank_first=False, dtype=torch.float32, token_M=rows.token_M)

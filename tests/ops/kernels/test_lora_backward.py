@@ -1,4 +1,6 @@
-"""``d·B`` and ``dB`` from one read of d, against float64: experts of no, one and several chunks."""
+"""``d·B`` and ``dB`` from one read of d, against float64, and the codes and scales of d, against those of a pass of
+their own: experts of no, one and several chunks.
+"""
 
 import pytest
 import torch
@@ -6,20 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.ops.kernels.common import INTERPRETED, Cut
-from octavo.ops.kernels.lora_backward import CUT, lora_backward
+from octavo.ops.kernels.lora_backward import CUT, CUT_ROUNDED, FEW_ROUNDED, lora_backward
+from octavo.ops.kernels.rows import round_rows
 from tests.ops.kernels.cases import ACTIVATIONS, Rows, assert_sums, grouped, grouped_outer, ragged
 from tests.ops.kernels.test_rows import poisoned_tokens
 
 
-def check(rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype: torch.dtype, cut: Cut) -> None:
+def check(
+    rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype: torch.dtype, cut: Cut | None,
+    group: int | None = None,
+) -> None:  # fmt: skip
     d = poisoned_tokens(rows, width) if gather else rows.rows(width)
     token_M = rows.token_M if gather else None
     p_M = rows.rows(1)[:, 0].contiguous() if weighted else None
     # values of the activations' dtype, so that no rounding of the factor comes in
     factor = rows.draw(rows.num_experts, width, rank).to(dtype)
     xa_MR = rows.rows(rank)
-    (yb_MR, dB_ENR), again = (
-        lora_backward(d, factor, xa_MR, rows.offsets_E, token_M=token_M, p_M=p_M, cut=cut) for _ in range(2)
+    (yb_MR, dB_ENR, rounded), again = (
+        lora_backward(d, factor, xa_MR, rows.offsets_E, token_M=token_M, p_M=p_M, group=group, cut=cut)
+        for _ in range(2)
     )
     source, live = d if token_M is None else d[token_M], rows.live
     assert dB_ENR.dtype == dtype
@@ -32,6 +39,17 @@ def check(rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype
     assert_sums("dB", dB_ENR, want, magnitude, terms=max(rows.counts), slack=slack)
     assert torch.equal(yb_MR[:live], again[0][:live])
     assert torch.equal(dB_ENR, again[1])
+    if group is None:
+        assert rounded is None
+        return
+    assert rounded is not None
+    alone = round_rows(d, group, offsets_E=rows.offsets_E, token_M=token_M)
+    assert rounded.scales.shape == (rows.num_rows, -(-width // group))
+    for got, want in ((rounded.codes.view(torch.uint8), alone.codes.view(torch.uint8)), (rounded.scales, alone.scales)):
+        assert torch.equal(got[:live], want[:live])
+    # poison, not written
+    assert bool(rounded.scales[live:].isnan().all())
+    assert bool(rounded.codes[live:].float().isnan().all())
 
 
 @given(
@@ -59,9 +77,40 @@ def test_whole_and_broken_chunks(counts: list[int]) -> None:
     check(Rows(counts, 3, 0), 48, 16, True, True, torch.float32, CUT)
 
 
+@given(
+    drawn=ragged,
+    # one group, several, and a last one of fewer columns
+    width=st.sampled_from((16, 32, 48, 96, 144, 160)),
+    rank=st.sampled_from((4, 16, 24)),
+    gather=st.booleans(),
+    group=st.sampled_from((16, 32, 64, 128)),
+    cut=st.sampled_from((None, CUT_ROUNDED, FEW_ROUNDED, Cut(16, 16, 4, 1), Cut(64, 64, 4, 2))),
+)
+@settings(max_examples=40, deadline=None)
+def test_rounds_as_a_pass_of_its_own(
+    drawn: tuple[list[int], int, int], width: int, rank: int, gather: bool, group: int, cut: Cut | None
+) -> None:
+    if cut is not None and not INTERPRETED:
+        cut = Cut(max(64, cut.rows), max(64, cut.columns), cut.warps, cut.stages)
+    check(Rows(*drawn), width, rank, gather, gather, torch.float32, cut, group)
+
+
+def test_groups_of_zeros_have_a_scale_of_one() -> None:
+    rows = Rows([3, 1], 1, 0)
+    d = rows.draw(rows.num_rows, 64)
+    d[:, 32:] = 0
+    factor, xa_MR = rows.draw(2, 64, 4), rows.rows(4)
+    _, _, rounded = lora_backward(d, factor, xa_MR, rows.offsets_E, group=32)
+    assert rounded is not None
+    assert bool((rounded.scales[: rows.live, 1] == 1).all())
+    assert bool((rounded.codes[: rows.live, 32:].float() == 0).all())
+
+
 @pytest.mark.skipif(INTERPRETED, reason="takes a GPU")
 @pytest.mark.parametrize("rows_per_expert", [100, 1000])
 def test_rows_of_real_layers(rows_per_expert: int) -> None:
     counts = [rows_per_expert, 0, 2 * rows_per_expert + 1, 1]
     for gather in (False, True):
         check(Rows(counts, 0, 0), 2048, 16, gather, gather, torch.bfloat16, CUT)
+        for cut in (CUT_ROUNDED, FEW_ROUNDED):
+            check(Rows(counts, 0, 0), 2048, 16, gather, gather, torch.bfloat16, cut, 128)

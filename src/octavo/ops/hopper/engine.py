@@ -212,32 +212,37 @@ class HopperEngine(KernelEngine):
         p_M: Tensor | None,
     ) -> tuple[Rows, Tensor | None, Tensor | None]:
         """(the input gradient's rows, ``d·B`` [M, R], dB)."""
-        from octavo.ops.kernels.lora_backward import CUT, FEW, MOST_RANK, lora_backward
+        from octavo.ops.kernels.lora_backward import MOST_RANK, lora_backward
         from octavo.ops.kernels.outer import outer
         from octavo.ops.kernels.rows import pass_rows, round_rows
 
         d, offsets_E, weight = d.contiguous(), routing.offsets_E, _codes(side)
-        yb_MR = lora_B = None
+        yb_MR = lora_B = rounded = None
+        folds, rounds = folds_into_rows(weight), self._rounds("up_grad", side)
         if side.lora is not None:
             factor = side.lora.B_ENR
             if wants.lora and factor.shape[2] <= MOST_RANK:
                 assert xa_MR is not None
-                cut = FEW if routing.num_rows <= 192 * weight.num_experts else CUT
-                yb_MR, lora_B = lora_backward(d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, cut=cut)
+                # gathered tokens are rounded once each, not once for every expert
+                group = self._group_with_lora(side) if token_M is None else None
+                yb_MR, lora_B, rounded = lora_backward(
+                    d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group
+                )
             else:
                 yb_MR, _ = pass_rows(d, offsets_E=offsets_E, token_M=token_M, factor=factor, contract=1)
                 if wants.lora:
                     assert xa_MR is not None
                     dtype = factor.dtype
                     lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
-        if not self._rounds("up_grad", side):
+        if not rounds:
             return Rows(d, token_M), yb_MR, lora_B
-        if folds_into_rows(weight):
+        if folds:
             fold_EN = scale_of_features(weight)
             rounded = round_rows(d, weight.out_features, offsets_E=offsets_E, token_M=token_M, fold_EK=fold_EN)
             return Rows(rounded.codes, None, rounded.scales), yb_MR, lora_B
-        # tokens once, rows of the up product as they are
-        rounded = round_rows(d, weight.block[0], offsets_E=None if token_M is not None else offsets_E)
+        if rounded is None:
+            # tokens once, rows of the up product as they are
+            rounded = round_rows(d, weight.block[0], offsets_E=None if token_M is not None else offsets_E)
         return Rows(rounded.codes, token_M, rounded.scales), yb_MR, lora_B
 
     def _grouped(

@@ -95,6 +95,16 @@ def rows_kernel(
 
 
 @triton.jit
+def round_groups(value, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr):
+    """A float32 tile as (E4M3 codes, a scale for each row and ``GROUP`` columns)."""
+    grouped = tl.reshape(value, (BM, BK // GROUP, GROUP))
+    peak = tl.max(tl.abs(grouped), 2)
+    scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
+    code = to_e4m3(tl.clamp(grouped / scale[:, :, None], -E4M3_MAX, E4M3_MAX), WIDE)
+    return tl.reshape(code, (BM, BK)), scale
+
+
+@triton.jit
 def round_kernel(
     x, token_M, offsets_E, scale_EK, codes, scales, num_rows, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, GATHER: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr,
@@ -125,11 +135,8 @@ def round_kernel(
         value = tl.load(x + source[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
         if FOLD:
             value *= tl.load(scale_EK + e.to(tl.int64) * K + k, mask=k < K, other=0.0)[None, :]  # type: ignore[attr-defined]
-        grouped = tl.reshape(value, (BM, BK // GROUP, GROUP))
-        peak = tl.max(tl.abs(grouped), 2)
-        scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
-        code = to_e4m3(tl.clamp(grouped / scale[:, :, None], -E4M3_MAX, E4M3_MAX), WIDE)
-        tl.store(codes + row[:, None] * K + k[None, :], tl.reshape(code, (BM, BK)), mask=mask)
+        code, scale = round_groups(value, BM, BK, GROUP, WIDE)
+        tl.store(codes + row[:, None] * K + k[None, :], code, mask=mask)
         groups: tl.constexpr = (K + GROUP - 1) // GROUP
         g = tl.arange(0, BK // GROUP)
         tl.store(scales + row[:, None] * groups + g[None, :], scale, mask=mask_m[:, None] & (g < groups)[None, :])
