@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.checkpoints import KINDS, write
+from octavo.plan.terms import MOST_REPLAYED
 from octavo.trial.step import Row
 from octavo.trial.suite import run_rows
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, the checkpoint included")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--graphs", action="store_true", help="layers of octavo's rows as CUDA graphs")
+    parser.add_argument("--no-graphs", action="store_true", help="layers of octavo's rows not replayed as CUDA graphs")
     parser.add_argument("--no-compile", action="store_true", help="layers of octavo's rows not compiled")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, rows of 64 tokens")
     parser.add_argument("--layers", type=int)
@@ -70,9 +71,11 @@ def main() -> None:
     if not (folder / "model.safetensors.index.json").exists():
         size = write(args.model, folder, layers=args.layers, tiny=args.tiny)
         print(f"{folder}: {size / 1e9:.2f} GB made in {time.monotonic() - began:.0f} s", flush=True)
-    how = {"graphs": args.graphs, "compile": not args.no_compile}
-    base = Row(str(folder), args.model, engine=args.engine, steps=args.steps, **how)
-    rows = rows_of(args.rows, base)[args.skip :]
+    base = Row(str(folder), args.model, engine=args.engine, steps=args.steps, compile=not args.no_compile)
+    rows = [
+        replace(row, graphs=not args.no_graphs and row.seq <= MOST_REPLAYED and row.experts == "resident")
+        for row in rows_of(args.rows, base)[args.skip :]
+    ]
     if args.tiny:
         rows = [replace(row, seq=64, cap_gb=None) for row in rows]
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}

@@ -12,12 +12,15 @@ from octavo.train.packed import _takes_varlen, packed_attention
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
+@pytest.mark.parametrize("empty", [0, 13], ids=["as_it_is", "examples_without_tokens"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width"), [(20, 20, 256), (32, 4, 128)], ids=["GLM-4.7-Flash", "Qwen3-30B-A3B"]
 )
-def test_packed_attention_is_attention_example_by_example(heads, kv_heads, width):
+def test_packed_attention_is_attention_example_by_example(heads, kv_heads, width, empty):
+    """With ``empty`` as `octavo.train.even_rows` tells where they begin, with the row's length for the longest."""
     lengths = [700, 1, 129, 1218]
-    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    starts = torch.tensor([0, *lengths, *[0] * empty], device="cuda").cumsum(0).int()
+    longest = sum(lengths) if empty else max(lengths)
     generator = torch.Generator("cuda").manual_seed(0)
     # As the model makes them: [B, S, heads, D], transposed.
     narrow = [
@@ -30,7 +33,7 @@ def test_packed_attention_is_attention_example_by_example(heads, kv_heads, width
     assert _takes_varlen(narrow[0], narrow[2], 0.0)
     weights = torch.randn(1, sum(lengths), heads, width, device="cuda", generator=generator)
     got, _ = packed_attention(
-        torch.nn.Module(), *narrow, None, scaling=0.07, cu_seq_lens_q=starts, max_length_q=max(lengths)
+        torch.nn.Module(), *narrow, None, scaling=0.07, cu_seq_lens_q=starts, max_length_q=longest
     )
     pieces, start = [], 0
     for length in lengths:

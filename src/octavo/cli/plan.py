@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -86,7 +87,9 @@ def plan(
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = True,
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
     offload_optimizer: Annotated[bool, typer.Option(help="Keep optimizer states in host memory.")] = False,
-    graphs: Annotated[bool, typer.Option(help="Replay checkpointed layers as CUDA graphs.")] = False,
+    graphs: Annotated[
+        bool | None, typer.Option(help="Replay checkpointed layers as CUDA graphs; up to 16,384 tokens unless given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Memory of a run by term, in decimal GB, whether it fits a GPU, and what to change. Reads no weights."""
@@ -105,7 +108,7 @@ def plan(
     import torch
 
     from octavo.plan.skeleton import Adapters
-    from octavo.plan.terms import Planner, Request
+    from octavo.plan.terms import Planner, Request, replays
 
     adapters = Adapters(
         r=rank,
@@ -125,8 +128,8 @@ def plan(
         checkpointing=checkpointing,
         offload_hidden_states=offload_hidden_states,
         offload_optimizer=offload_optimizer,
-        graphs=graphs,
     )
+    request = replace(request, graphs=replays(request) if graphs is None else graphs)
     planner = Planner(checkpoint)
     found = planner.plan(request)
     fits = None if limit is None else found.peak + CONTEXT <= limit

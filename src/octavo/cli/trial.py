@@ -29,8 +29,11 @@ def trial(
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers of octavo's rows, on a GPU.")
     ] = True,
     graph_layers: Annotated[
-        bool, typer.Option("--graphs/--no-graphs", help="Replay the layers of octavo's rows as CUDA graphs, on a GPU.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs", help="Replay the layers of octavo's rows as CUDA graphs; as octavo sft does."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a row; the first three are not counted.")] = 6,
     profile: Annotated[bool, typer.Option(help="Say by kind of kernel where a step's time goes.")] = False,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all rows.")] = 3600.0,
@@ -45,6 +48,7 @@ def trial(
     let_segments_grow()
     # Imported late: help and a wrong call should not wait for torch.
     from octavo.integrations.transformers import find_checkpoint
+    from octavo.plan.terms import MOST_REPLAYED
     from octavo.trial.step import Row
     from octavo.trial.suite import run_rows
 
@@ -65,7 +69,7 @@ def trial(
             experts="resident" if mode == "bf16" else experts,  # type: ignore[arg-type]
             cap_gb=cap,
             compile=compile_layers,
-            graphs=graph_layers,
+            graphs=length <= MOST_REPLAYED and experts == "resident" if graph_layers is None else graph_layers,
             steps=steps,
             profile=profile,
         )

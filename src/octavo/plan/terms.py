@@ -32,6 +32,9 @@ _MIN_8BIT, _BLOCK_8BIT = 4096, 256
 # One-hot routing of the balancing loss: int64, its mask in int64, two products in float32.
 _AUX_BYTES = 24
 
+MOST_REPLAYED = 16_384
+"""Tokens of a forward up to which layers are replayed as CUDA graphs unless the user says otherwise."""
+
 # Of a plan, beside its terms.
 _NO_TERMS = ("moment", "host", "host_optimizer")
 
@@ -55,6 +58,15 @@ class Request:
     offload_optimizer: bool = False
     graphs: bool = False
     router_aux_loss: float | None = None
+
+
+def replays(request: Request) -> bool:
+    """What ``train.graphs: auto`` does on one GPU, without dropout: replay layers as CUDA graphs.
+
+    Where layers are longer than what the host needs to launch them, that would take memory for nothing.
+    """
+    tokens = request.batch * request.seq
+    return request.checkpointing and request.experts == "resident" and tokens <= MOST_REPLAYED
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def packed_attention(
         pieces = [
             _causal(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scaling, dropout)
             for start, end in pairwise(bounds)
+            if end > start
         ]
         attended = torch.cat(pieces, 2)
     return attended.transpose(1, 2).contiguous(), None

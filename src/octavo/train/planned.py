@@ -1,10 +1,12 @@
 """What a run was planned to take, for the line that shows what it takes."""
 
+from dataclasses import replace
+
 import torch
 
 from octavo.errors import OctavoError
 from octavo.plan.skeleton import Adapters
-from octavo.plan.terms import Plan, Planner, Request
+from octavo.plan.terms import Plan, Planner, Request, replays
 from octavo.train.config import SftConfig
 
 
@@ -14,11 +16,25 @@ def planned(config: SftConfig) -> Plan:
     Raises:
         OctavoError: the run trains what a plan does not count, or the model cannot be planned.
     """
-    lora, train = config.lora, config.train
+    lora = config.lora
     if lora.modules_to_save or lora.trainable_tokens or lora.router:
         raise OctavoError("what trains in full, and routers, are not in a plan yet")
+    request = _request(config)
+    graphs = torch.cuda.is_available() and replays_layers(config)
+    return Planner(config.model.path).plan(replace(request, graphs=graphs))
+
+
+def replays_layers(config: SftConfig) -> bool:
+    """Whether one GPU replays decoder layers as CUDA graphs."""
+    if config.train.graphs != "auto":
+        return config.train.graphs
+    return replays(_request(config)) and not config.lora.dropout
+
+
+def _request(config: SftConfig) -> Request:
+    lora, train = config.lora, config.train
     adapters = Adapters(lora.r, lora.expert_rank, tuple(lora.targets), getattr(torch, lora.dtype))
-    request = Request(
+    return Request(
         config.model.path,
         adapters,
         batch=1 if config.data.packing else train.batch_size,
@@ -30,7 +46,5 @@ def planned(config: SftConfig) -> Plan:
         checkpointing=train.gradient_checkpointing != "none",
         offload_hidden_states=train.offload_hidden_states,
         offload_optimizer=train.offload_optimizer,
-        graphs=torch.cuda.is_available() and not lora.dropout if train.graphs == "auto" else train.graphs,
         router_aux_loss=train.router_aux_loss,
     )
-    return Planner(config.model.path).plan(request)

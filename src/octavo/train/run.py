@@ -15,7 +15,7 @@ from octavo.train.data import Examples, Loss, counted_loss, load_data
 from octavo.train.meter import GB
 from octavo.train.outcome import RunResult
 from octavo.train.packed import use_packed_attention
-from octavo.train.planned import planned
+from octavo.train.planned import planned, replays_layers
 from octavo.train.preview import Preview, say
 from octavo.train.trainer import SftTrainer
 
@@ -105,14 +105,11 @@ class Run(BaseRun):
 
 def _replays(config: SftConfig, args: trl.SFTConfig) -> bool:
     """Whether decoder layers are replayed as CUDA graphs."""
-    if config.train.graphs != "auto":
-        if config.train.graphs and args.world_size > 1:
-            raise ConfigError(
-                f"`train.graphs` are for one GPU, and {args.world_size} processes train. Set it to `false`."
-            )
-        return config.train.graphs
-    recomputes = config.train.gradient_checkpointing != "none" and config.lora.dropout == 0
-    return bool(args.device.type == "cuda" and args.world_size == 1 and recomputes)
+    alone = args.world_size == 1
+    if config.train.graphs is True and not alone:
+        raise ConfigError(f"`train.graphs` are for one GPU, and {args.world_size} processes train. Set it to `false`.")
+    possible = args.device.type == "cuda" and alone
+    return (possible or config.train.graphs is True) and replays_layers(config)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase, train: Examples, loss: Loss, config: SftConfig) -> None:

@@ -16,9 +16,11 @@ import octavo
 from octavo.errors import ConfigError
 from octavo.plan.terms import Optimizer
 from octavo.train.data import Examples, require_embedded
+from octavo.train.even_rows import EvenRows
 from octavo.train.example import IGNORED
 from octavo.train.offload import HiddenStatesOnHost
 from octavo.train.offloaded_optimizer import OffloadsOptimizer
+from octavo.train.packed import PACKED
 from octavo.train.watched import TrainingError, Watched
 
 __all__ = ["Preparation", "SftTrainer", "TrainingError"]
@@ -47,6 +49,8 @@ class Preparation:
 
 class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """A `trl.SFTTrainer` on checked examples, with a `Meter` in its log."""
+
+    data_collator: Any
 
     def __init__(
         self,
@@ -85,6 +89,11 @@ class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[mi
             octavo.compile_layers(self.model)
         if graph_layers:
             octavo.graph_layers(self.model)
+            if args.packing and args.max_length and model.config.get_text_config()._attn_implementation == PACKED:
+                rows = args.per_device_train_batch_size
+                most = max(map(len, _column(self.train_dataset, "seq_lengths")))
+                pad = self.data_collator.pad_token_id
+                self.data_collator = EvenRows(self.data_collator, pad, rows * args.max_length, rows * most)
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)
