@@ -67,6 +67,8 @@ def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: ar
         us = 0.0
         for given, options in found[number * chunks : (number + 1) * chunks]:
             options = with_tokens(options, args.tokens)
+            if args.without_maxima and options["gradient"] is not None:
+                options["gradient"] = replace(options["gradient"], fold=None, peaks=None)
             us += 1e3 * launched_ms(partial(hopper.product, *given, **options), args.repeats)
         given, options = found[number * chunks]
         flops = case.shape.flops(case.tokens) / 4 * (4 / 3 if "up" in site else 2 / 3)
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--tokens", type=int, help="of a tile, in the place of the engine's choice")
+    parser.add_argument("--without-maxima", action="store_true", help="of the rows of the gate's gradient")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     rows = []

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.compiling import in_pool
 from benchmarks.shapes import MODELS, TOKENS
 from octavo.bench.shapes import LayerShape
+from octavo.ops.engines import RowMaxima
 from octavo.ops.kernels import sort
 from octavo.ops.kernels.common import Cut
 from octavo.ops.kernels.lora_backward import lora_backward
@@ -72,6 +73,15 @@ class Operands:
         self.xa_MR, self.p_TK, self.p_M = rand(M, RANK), rand(T, model.top_k), rand(M)
         self.up_A, self.up_B = rand(E, RANK, H), rand(E, 2 * I, RANK)
         self.down_A, self.down_B = rand(E, RANK, I), rand(E, H, RANK)
+        self.fold_EG = rand(E, 2 * I, dtype=torch.float32)
+        # by parts as the gate's gradient leaves them
+        self.maxima = RowMaxima(self.fold_EG, rand(2 * math.ceil(I / 256), M, dtype=torch.float32))
+        if real:
+            for e, span in enumerate(self.spans()):
+                value = (self.z_MG[span].float() * self.fold_EG[e]).abs()
+                self.maxima.parts_PM[:, span] = torch.stack(
+                    [part.amax(1) for part in value.chunk(len(self.maxima.parts_PM), 1)]
+                )
         self.parts_PM = rand(math.ceil(I / 128), M, dtype=torch.float32)
 
     def spans(self) -> list[slice]:
@@ -141,6 +151,12 @@ ROUNDED = (
     None, Cut(128, 128, 4, 2), Cut(128, 128, 8, 2), Cut(128, 128, 8, 3), Cut(256, 128, 8, 2), Cut(256, 128, 16, 2),
     Cut(256, 128, 16, 3),
 )  # fmt: skip
+
+
+def rounded_dz(o: Operands, cut: Cut | None) -> Rounded:
+    return round_rows(o.z_MG, 2 * o.model.intermediate, offsets_E=o.offsets_E, fold_EK=o.fold_EG, cut=cut)
+
+
 BOTH = (
     None, Cut(64, 128, 4, 4), Cut(128, 64, 4, 4), Cut(128, 128, 4, 3), Cut(256, 32, 8, 4), Cut(256, 64, 8, 2),
     Cut(512, 32, 8, 3),
@@ -222,6 +238,22 @@ PASSES: dict[str, Pass] = {
         lambda o: PASSES["dz·B, dB and dz in groups, two reads"].want(o),
         lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
         ROUNDED,
+    ),
+    "dz by rows": Pass(
+        lambda o, cut: whole(rounded_dz(o, cut)),
+        lambda o: whole(rounded_dz(o, None)),
+        lambda o: nbytes(o.z_MG) * 3 // 2,
+    ),
+    "dz·B, dB and dz by rows, two reads": Pass(
+        lambda o, _: (*lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E)[:2], *whole(rounded_dz(o, None))),
+        lambda o: (*PASSES["dz·B and dB, two reads"].want(o), *whole(rounded_dz(o, None))),
+        lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
+    ),
+    "dz·B, dB and dz by rows, one read": Pass(
+        lambda o, cut: rounded_too(*lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E, maxima=o.maxima, cut=cut)),
+        lambda o: PASSES["dz·B, dB and dz by rows, two reads"].want(o),
+        lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
+        BOTH,
     ),
     "dA of down, h from z": Pass(
         lambda o, cut: (

@@ -42,6 +42,17 @@ class ProjectionGrads:
 
 
 @dataclass(frozen=True)
+class RowMaxima:
+    """What rounding dz with one scale a row needs to know before it reads dz: ``parts_PM`` float32 [P, M], the largest
+    |dz · fold| of each row by parts of its columns, with ``fold_EG`` float32 [E, G], which belongs to the up
+    projection's scales.
+    """
+
+    fold_EG: Tensor
+    parts_PM: Tensor
+
+
+@dataclass(frozen=True)
 class Wants:
     """Which gradients of a stage are needed."""
 
@@ -51,6 +62,8 @@ class Wants:
     lora: bool
     spend: bool = False
     """Whether what forward kept may be written over: nobody reads it again."""
+    maxima: RowMaxima | None = None
+    """Of dz: written by ``down_backward`` and read by ``up_backward``."""
 
 
 class Engine(Protocol):
@@ -82,6 +95,14 @@ class Engine(Protocol):
 
     def down(self, h_MI: Tensor, p_TK: Tensor, routing: Routing, down: Projection) -> tuple[Tensor, Tensor | None]:
         """``y_t = Σ_k p_tk · (h·Wᵀ + b + h·Aᵀ·Bᵀ)``: (y_TH, h·A [M, R])."""
+        ...
+
+    def maxima(
+        self, dy_TH: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate, wants: Wants
+    ) -> RowMaxima | None:
+        """Room for the maxima of dz's rows, where ``down_backward`` finds them and ``up_backward`` uses them, whose
+        ``wants`` these are.
+        """
         ...
 
     def down_backward(
@@ -179,6 +200,11 @@ class ProductEngine:
         dtype = h_MI.dtype
         y_MH, ha_MR = self._project(h_MI.to(self._compute(dtype)), down, routing)
         return combine(y_MH, routing, p_TK, dtype), None if ha_MR is None else ha_MR.to(dtype)
+
+    def maxima(
+        self, dy_TH: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate, wants: Wants
+    ) -> RowMaxima | None:
+        return None
 
     def down_backward(
         self,

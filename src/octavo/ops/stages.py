@@ -3,7 +3,7 @@
 Legend: see :mod:`octavo.ops.experts`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -83,10 +83,11 @@ def backward(
     """
     z_MG, xa_MR, ha_MR = saved
     up, down = projection(specs[0], sides[0]), projection(specs[1], sides[1])
-    dz_MG, dp_TK, down_grads = down_backward(
-        engine, dy_TH, z_MG, ha_MR, p_TK, routing, down, gate, _wants(True, wants[2 + SIDE :], spend)
-    )
-    dx_TH, up_grads = engine.up_backward(dz_MG, x_TH, xa_MR, routing, up, _wants(wants[0], wants[2 : 2 + SIDE]))
+    of_up, of_down = _wants(wants[0], wants[2 : 2 + SIDE]), _wants(True, wants[2 + SIDE :], spend)
+    maxima = engine.maxima(dy_TH, routing, up, down, gate, of_up)
+    of_up, of_down = replace(of_up, maxima=maxima), replace(of_down, maxima=maxima)
+    dz_MG, dp_TK, down_grads = down_backward(engine, dy_TH, z_MG, ha_MR, p_TK, routing, down, gate, of_down)
+    dx_TH, up_grads = engine.up_backward(dz_MG, x_TH, xa_MR, routing, up, of_up)
     return Gradients(
         dx_TH,
         dp_TK if wants[1] else None,

@@ -26,7 +26,7 @@ from octavo.nn.linear import Float8Linear
 from octavo.nn.settings import Settings
 from octavo.ops.choice import Choice, Layer
 from octavo.ops.dequant import CHUNK_BYTES
-from octavo.ops.engines import Projection, ProjectionGrads, Wants
+from octavo.ops.engines import Projection, ProjectionGrads, RowMaxima, Wants
 from octavo.ops.gates import Gate
 from octavo.ops.kept import Activations
 from octavo.ops.reference import Numerics
@@ -291,6 +291,11 @@ class _Sketch:
         y_MH = h_MI.new_empty((routing.num_rows, down.weight.out_features))
         self._bank(down.weight, h_MI)
         return y_MH.new_empty((routing.num_tokens, down.weight.out_features)), ha_MR
+
+    def maxima(
+        self, dy_TH: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate, wants: Wants
+    ) -> RowMaxima | None:
+        return None
 
     def down_backward(
         self,

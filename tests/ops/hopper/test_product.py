@@ -3,7 +3,7 @@
 Legend: ``M`` rows sorted by expert, ``E`` experts, ``F`` features, ``C`` contraction, ``R`` LoRA rank.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -263,6 +263,9 @@ def test_gate_gradient(
     shares = torch.full((2 * -(-width // 256), case.num_rows), float("nan"))
     dz = z.clone() if spends else case.empty(2 * width)
     gradient = GateGradient(dz if spends else z, p_M, shares)
+    if rounded and layout is CHANNEL:
+        fold_EG = torch.rand(len(RAGGED), 2 * width).mul(3).exp()
+        gradient = replace(gradient, fold=fold_EG, peaks=torch.full_like(shares, float("nan")))
     bank = bank_of(case) if banked else None
     product(
         case.operand, case.weight, case.offsets_E, dz, flip=True, lora=case.lora, gradient=gradient, tokens=tokens,
@@ -278,6 +281,12 @@ def test_gate_gradient(
     scale = (dh * h.detach()).norm(dim=-1)
     assert ((dp - want_dp).abs() / scale).max() < TABLE_ROUNDED
     assert shares[:, case.live :].isnan().all()
+    assert launched[-1].peaks == (gradient.peaks is not None)
+    if gradient.peaks is not None:
+        # of what was stored
+        want_M = (dz[: case.live].float() * fold_EG[case.expert_M]).abs().amax(-1)
+        assert torch.equal(gradient.peaks[:, : case.live].amax(0), want_M)
+        assert gradient.peaks[:, case.live :].isnan().all()
 
 
 @pytest.mark.parametrize("rank", [8, 16])
@@ -294,6 +303,8 @@ def test_gate_gradient_sums_the_gradient_of_A(
     tiles = [-(-count // tokens) for count in RAGGED]
     sums = torch.full((sum(tiles), width, RANKS), float("nan"))
     gradient = GateGradient(z, p_M, shares, sums)
+    if rounded and layout is CHANNEL:
+        gradient = replace(gradient, fold=torch.rand(len(RAGGED), 2 * width), peaks=torch.empty_like(shares))
     dz = case.empty(2 * width)
     product(case.operand, case.weight, case.offsets_E, dz, flip=True, lora=case.lora, gradient=gradient, tokens=tokens)
     assert launched[-1].outer

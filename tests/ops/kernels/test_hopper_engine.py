@@ -104,16 +104,27 @@ def test_fp8_rounds_where_the_reference_does() -> None:
     assert_close(run(case, select("reference", "fp8")), run(case, HopperEngine("scaled", "fp8", wide=False)), 2e-2)
 
 
-@pytest.mark.parametrize("switch", ["ROUNDS_WITH_LORA"])
-def test_rounding_beside_other_sums_changes_nothing(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for layout in (CHANNEL, BLOCK):
-        case, engine = case_of(layout), HopperEngine("scaled", "fp8", wide=False)
-        got = []
-        for on in (False, True):
-            monkeypatch.setattr(fused, switch, on)
-            got.append(run(case, engine))
-        # of two widths of a tile: sums in another order
-        assert_close(got[0], got[1], 1e-3)
+@pytest.mark.parametrize("numerics", ["fp8", "fp8_grad"])
+@pytest.mark.parametrize(
+    ("module", "switch", "layout"),
+    [(fused, "ROUNDS_WITH_LORA", BLOCK), (hopper, "FINDS_MAXIMA", CHANNEL), (hopper, "FINDS_MAXIMA", TENSOR)],
+    ids=str,
+)
+def test_rounding_beside_other_sums_changes_nothing(
+    narrowed: list[Mode], module: Any, switch: str, layout: ScaleLayout, numerics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, engine = case_of(layout), HopperEngine("scaled", numerics, wide=False)
+    got, found = [], []
+    for on in (False, True):
+        narrowed.clear()
+        monkeypatch.setattr(module, switch, on)
+        got.append(run(case, engine))
+        found.append(any(mode.peaks for mode in narrowed))
+    assert found == [switch != "FINDS_MAXIMA" and layout is not BLOCK, layout is not BLOCK]
+    # of two widths of a tile: sums in another order
+    assert_close(got[0], got[1], 1e-3)
+    if layout is not BLOCK:
+        assert all(torch.equal(got[0][name], got[1][name]) for name in got[0])
 
 
 def own(z: Tensor) -> Tensor:

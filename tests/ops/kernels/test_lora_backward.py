@@ -6,17 +6,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from octavo.ops.engines import RowMaxima
 from octavo.ops.kernels.common import INTERPRETED, Cut
-from octavo.ops.kernels.lora_backward import CUT, CUT_ROUNDED, FEW_ROUNDED, lora_backward
+from octavo.ops.kernels.lora_backward import CUT, CUT_ROUNDED, FEW, FEW_ROUNDED, lora_backward
 from octavo.ops.kernels.rows import round_rows
-from tests.ops.kernels.cases import ACTIVATIONS, Rows, assert_sums, grouped, grouped_outer, ragged
+from tests.ops.kernels.cases import ACTIVATIONS, DEVICE, Rows, assert_sums, grouped, grouped_outer, ragged
 from tests.ops.kernels.test_rows import poisoned_tokens
+
+
+def maxima_of(rows: Rows, source: Tensor, parts: int) -> RowMaxima:
+    """Of the live rows, by ``parts`` runs of columns, some of them without any; poison in the others."""
+    width = source.shape[1]
+    fold_EN = torch.exp2(rows.draw(rows.num_experts, width, dtype=torch.float32) * 2)
+    parts_PM = torch.full((parts, rows.num_rows), float("nan"), device=DEVICE)
+    each = -(-width // parts)
+    for e, span in rows.spans():
+        value = (source[span].float() * fold_EN[e]).abs()
+        for part in range(parts):
+            columns = value[:, part * each : (part + 1) * each]
+            parts_PM[part, span] = columns.amax(1) if columns.shape[1] else 0.0
+    return RowMaxima(fold_EN, parts_PM)
 
 
 def check(
     rows: Rows, width: int, rank: int, gather: bool, weighted: bool, dtype: torch.dtype, cut: Cut | None,
-    group: int | None = None,
+    group: int | None = None, parts: int = 0,
 ) -> None:  # fmt: skip
     d = poisoned_tokens(rows, width) if gather else rows.rows(width)
     token_M = rows.token_M if gather else None
@@ -24,8 +40,9 @@ def check(
     # values of the activations' dtype, so that no rounding of the factor comes in
     factor = rows.draw(rows.num_experts, width, rank).to(dtype)
     xa_MR = rows.rows(rank)
+    maxima = maxima_of(rows, d if token_M is None else d[token_M], parts) if parts else None
     (yb_MR, dB_ENR, rounded), again = (
-        lora_backward(d, factor, xa_MR, rows.offsets_E, token_M=token_M, p_M=p_M, group=group, cut=cut)
+        lora_backward(d, factor, xa_MR, rows.offsets_E, token_M=token_M, p_M=p_M, group=group, maxima=maxima, cut=cut)
         for _ in range(2)
     )
     source, live = d if token_M is None else d[token_M], rows.live
@@ -39,12 +56,13 @@ def check(
     assert_sums("dB", dB_ENR, want, magnitude, terms=max(rows.counts), slack=slack)
     assert torch.equal(yb_MR[:live], again[0][:live])
     assert torch.equal(dB_ENR, again[1])
-    if group is None:
+    if group is None and maxima is None:
         assert rounded is None
         return
     assert rounded is not None
-    alone = round_rows(d, group, offsets_E=rows.offsets_E, token_M=token_M)
-    assert rounded.scales.shape == (rows.num_rows, -(-width // group))
+    fold_EK = None if maxima is None else maxima.fold_EG
+    alone = round_rows(d, group or width, offsets_E=rows.offsets_E, token_M=token_M, fold_EK=fold_EK)
+    assert rounded.scales.shape == (rows.num_rows, -(-width // (group or width)))
     for got, want in ((rounded.codes.view(torch.uint8), alone.codes.view(torch.uint8)), (rounded.scales, alone.scales)):
         assert torch.equal(got[:live], want[:live])
     # poison, not written
@@ -95,6 +113,23 @@ def test_rounds_as_a_pass_of_its_own(
     check(Rows(*drawn), width, rank, gather, gather, torch.float32, cut, group)
 
 
+@given(
+    drawn=ragged,
+    width=st.sampled_from((16, 48, 96, 130, 160)),
+    rank=st.sampled_from((4, 16, 24)),
+    gather=st.booleans(),
+    parts=st.sampled_from((1, 2, 6, 12)),
+    cut=st.sampled_from((None, CUT, FEW, Cut(16, 16, 4, 1), Cut(64, 64, 4, 2))),
+)
+@settings(max_examples=40, deadline=None)
+def test_rounds_whole_rows_by_their_maxima(
+    drawn: tuple[list[int], int, int], width: int, rank: int, gather: bool, parts: int, cut: Cut | None
+) -> None:
+    if cut is not None and not INTERPRETED:
+        cut = Cut(max(64, cut.rows), max(64, cut.columns), cut.warps, cut.stages)
+    check(Rows(*drawn), width, rank, gather, gather, torch.float32, cut, parts=parts)
+
+
 def test_groups_of_zeros_have_a_scale_of_one() -> None:
     rows = Rows([3, 1], 1, 0)
     d = rows.draw(rows.num_rows, 64)
@@ -114,3 +149,5 @@ def test_rows_of_real_layers(rows_per_expert: int) -> None:
         check(Rows(counts, 0, 0), 2048, 16, gather, gather, torch.bfloat16, CUT)
         for cut in (CUT_ROUNDED, FEW_ROUNDED):
             check(Rows(counts, 0, 0), 2048, 16, gather, gather, torch.bfloat16, cut, 128)
+        for cut in (CUT, FEW):
+            check(Rows(counts, 0, 0), 3072, 16, gather, gather, torch.bfloat16, cut, parts=12)

@@ -37,6 +37,7 @@ class Mode:
     products: int = 2
     bank: bool = False
     outer: bool = False
+    peaks: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -103,6 +104,7 @@ def macros(mode: Mode) -> list[str]:
         "WIDE": mode.wide,
         "BANK": mode.bank,
         "OUTER": mode.outer,
+        "PEAKS": mode.peaks,
         "FLIP": mode.flip,
         "SCALE": mode.scale,
         "STAGE": mode.stage,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.formats.weight import Float8Weight
 from octavo.ops.dequant import CHUNK_BYTES
-from octavo.ops.engines import Projection, ProjectionGrads, Wants
+from octavo.ops.engines import Projection, ProjectionGrads, RowMaxima, Wants
 from octavo.ops.fused import KernelEngine, Site, scale_of_features
 from octavo.ops.gates import Gate, SwiGlu
 from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIGLU, TABLE, Mode
@@ -37,6 +37,10 @@ from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
 _PRODUCTS = 2
+FINDS_MAXIMA = True
+"""Whether the gate's gradient finds the maxima of its rows, so that one pass rounds them and multiplies them by LoRA's
+factors. By bytes, not yet by time.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,22 @@ class HopperEngine(KernelEngine):
         self._grouped("down", rows, weight, routing, y_MH, lora)
         return combine(y_MH, routing.row_TK, routing.offsets_E, p_TK.contiguous()), ha_MR
 
+    def maxima(
+        self, dy_TH: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate, wants: Wants
+    ) -> RowMaxima | None:
+        """See :class:`octavo.ops.engines.Engine`: for two projections of which one scale serves a row."""
+        if not (FINDS_MAXIMA and isinstance(gate, SwiGlu) and self._takes(dy_TH, up) and self._takes(dy_TH, down)):
+            return None
+        if not all(self._rounds("down_grad", side) and folds_into_rows(_codes(side)) for side in (up, down)):
+            return None
+        from octavo.ops.kernels.lora_backward import MOST_RANK
+
+        if up.lora is None or not wants.lora or up.lora.B_ENR.shape[2] > MOST_RANK:
+            return None
+        shape = (_parts(_codes(down)), routing.num_rows)
+        fold_EG = scale_of_features(_codes(up)).contiguous()
+        return RowMaxima(fold_EG, dy_TH.new_empty(shape, dtype=torch.float32))
+
     def down_backward(
         self,
         dy_TH: Tensor,
@@ -147,9 +167,9 @@ class HopperEngine(KernelEngine):
                     # before dz may take z's place
                     lora_A = self._lora_A(z_MG, yb_MR, down, routing, p_M, gated=True)
             dz_MG = z_MG if wants.spend else torch.empty_like(z_MG)
-            parts = 2 * -(-weight.in_features // (FEATURES * _PRODUCTS))
-            shares = dy_TH.new_empty((parts, routing.num_rows), dtype=torch.float32)
-            gradient = GateGradient(z_MG, p_M.contiguous(), shares, sums)
+            shares = dy_TH.new_empty((_parts(weight), routing.num_rows), dtype=torch.float32)
+            fold_EG, peaks = (None, None) if wants.maxima is None else (wants.maxima.fold_EG, wants.maxima.parts_PM)
+            gradient = GateGradient(z_MG, p_M.contiguous(), shares, sums, fold_EG, peaks)
             self._grouped("down_grad", rows, weight, routing, dz_MG, lora, gradient=gradient)
             dp_M = sum_parts(shares, offsets_E)
             if sums is not None and down.lora is not None:
@@ -225,8 +245,10 @@ class HopperEngine(KernelEngine):
                 assert xa_MR is not None
                 # gathered tokens are rounded once each, not once for every expert
                 group = self._group_with_lora(side) if token_M is None else None
+                # those in ``wants`` are of dz
+                maxima = wants.maxima if token_M is None else None
                 yb_MR, lora_B, rounded = lora_backward(
-                    d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group
+                    d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group, maxima=maxima
                 )
             else:
                 yb_MR, _ = pass_rows(d, offsets_E=offsets_E, token_M=token_M, factor=factor, contract=1)
@@ -236,6 +258,8 @@ class HopperEngine(KernelEngine):
                     lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
         if not rounds:
             return Rows(d, token_M), yb_MR, lora_B
+        if folds and rounded is not None:
+            return Rows(rounded.codes, None, rounded.scales), yb_MR, lora_B
         if folds:
             fold_EN = scale_of_features(weight)
             rounded = round_rows(d, weight.out_features, offsets_E=offsets_E, token_M=token_M, fold_EK=fold_EN)
@@ -325,10 +349,11 @@ def modes() -> Iterator[Mode]:
             for scale in scales:
                 most = MOST_TOKENS["slabs" if scale == SLAB else "codes"]
                 yield from (
-                    Mode(wide, flip, scale, stage, tokens, _PRODUCTS, outer=outer)
+                    Mode(wide, flip, scale, stage, tokens, _PRODUCTS, outer=outer, peaks=peaks)
                     for tokens in _PRICE
                     if tokens <= most
                     for outer in {False, stage == GRADIENT}
+                    for peaks in {False, stage == GRADIENT and scale == NONE}
                 )
             if wide:
                 yield from (Mode(wide, flip, NONE, stage, tokens, _PRODUCTS, bank=True) for tokens in _PRICE)
@@ -337,6 +362,11 @@ def modes() -> Iterator[Mode]:
 def _codes(side: Projection) -> Float8Weight:
     assert isinstance(side.weight, Float8Weight)
     return side.weight
+
+
+def _parts(down: Float8Weight) -> int:
+    """Of a row's sums in the gate's gradient: one of each consumer."""
+    return 2 * -(-down.in_features // (FEATURES * _PRODUCTS))
 
 
 def _step(xa_MR: Tensor | None, factor_EFR: Tensor) -> LoraStep:

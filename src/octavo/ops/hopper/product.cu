@@ -19,6 +19,8 @@
 //             product dh, and each row's share of <dh, h>.
 //   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
 //             of x·A, summed over its tokens. h is in registers here, and in memory nowhere.
+//   PEAKS  1: with GRADIENT, also each row's largest |dz * fold|, by parts as the shares: dz is rounded with one scale a
+//             row, and would be read once more to find it.
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
@@ -43,7 +45,7 @@ constexpr int MAX_EXPERTS = 1024;
 constexpr int SHARED_BYTES = 232448;  // what a block may have
 // SLAB: each consumer's products of a token's and the weight's scale, of two steps (SWIGLU: of gates and of ups)
 constexpr int FACTORS = SCALE == SLAB ? (STAGE == SWIGLU ? 2 : 1) * BN : 0;
-constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? 8 * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2) +
+constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2) +
                             4 * FACTORS * 4 + 16;
 constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
 constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
@@ -71,10 +73,12 @@ struct __align__(64) Params {
     const void* p;
     float* shares;
     float* sums;           // OUTER: [token tiles, F, 16]
+    const float* fold;     // PEAKS: [E, 2F]
+    float* peaks;          // PEAKS: as shares
     long long num_rows;
     int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
     int p_float, follows;   // follows: experts before the first have rows, up to offsets[-1]
-    u32 sb_n_magic, sb_k_magic, pad[4];
+    u32 sb_n_magic, sb_k_magic, pad[16];
 };
 
 // ---------------------------------------------------------------- words and descriptors
@@ -910,6 +914,13 @@ struct Work {
 #pragma unroll
         for (int tile = 0; tile < MT; ++tile)
             at[tile] = 2 * q * (BF * 4) + ((((group * MT + tile) * 4 + warp) ^ q) * 32) + g * 4;
+        // of gates and of ups
+        float fold[MT][2][2];
+#pragma unroll
+        for (int i = 0; i < MT * 4; ++i) {
+            int tile = i >> 2, half = (i >> 1) & 1, part = i & 1, feature = f + tile * 64 + half;
+            fold[tile][half][part] = PEAKS && feature < p.F ? __ldg(p.fold + (long long)t.expert * (2 * p.F) + part * p.F + feature) : 0.f;
+        }
         float outer[MT][2][4];
 #pragma unroll
         for (int i = 0; i < MT * 8; ++i) outer[i / 8][(i / 4) % 2][i % 4] = 0.f;
@@ -918,7 +929,7 @@ struct Work {
 #pragma unroll
         for (int part = 0; part < BN / ZT; ++part) {
             u32 base = ring.wait(), table = base + A_BYTES + B_BYTES + 8 * q;
-            float sums[8];
+            float sums[8], tops[8];
             u32 left[MT][4];   // OUTER: a feature's tokens 2q and 2q + 1 of eight, then of the next eight
 #pragma unroll
             for (int jj = 0; jj < ZT / 8; ++jj) {
@@ -927,7 +938,7 @@ struct Work {
                 lds_float2(table + jj * 32, weight[0], weight[1]);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    float share = 0.f;
+                    float share = 0.f, top = 0.f;
 #pragma unroll
                     for (int tile = 0; tile < MT; ++tile) {
                         u32 from = base + at[tile] + (8 * jj + i) * (BF * 4);
@@ -947,10 +958,19 @@ struct Work {
                         }
                         bool stored = 8 * j + i < live[tile];
                         u16* to = line + i * (2 * p.F) + tile * 64;
-                        store_if(to, pack_bf16(to_gate[0], to_gate[1]), stored);
-                        store_if(to + p.F, pack_bf16(to_up[0], to_up[1]), stored);
+                        u32 dgates = pack_bf16(to_gate[0], to_gate[1]), dups = pack_bf16(to_up[0], to_up[1]);
+                        store_if(to, dgates, stored);
+                        store_if(to + p.F, dups, stored);
+                        if (PEAKS) {
+                            // as the rounding will read them
+                            top = fmaxf(top, fabsf(low_bf16(dgates) * fold[tile][0][0]));
+                            top = fmaxf(top, fabsf(high_bf16(dgates) * fold[tile][1][0]));
+                            top = fmaxf(top, fabsf(low_bf16(dups) * fold[tile][0][1]));
+                            top = fmaxf(top, fabsf(high_bf16(dups) * fold[tile][1][1]));
+                        }
                     }
                     sums[2 * jj + i] = share;
+                    tops[2 * jj + i] = top;
                 }
                 line += 16 * p.F;
                 if (OUTER) {
@@ -979,10 +999,17 @@ struct Work {
                     float give = upper ? sums[i] : sums[i + width];
                     float got = __shfl_xor_sync(0xFFFFFFFF, give, width * 4);
                     sums[i] = (upper ? sums[i + width] : sums[i]) + got;
+                    if (PEAKS) {
+                        give = upper ? tops[i] : tops[i + width];
+                        got = __shfl_xor_sync(0xFFFFFFFF, give, width * 4);
+                        tops[i] = fmaxf(upper ? tops[i + width] : tops[i], got);
+                    }
                 }
             }
             // lane g has sum number g: token 8 * (g >> 1) + 2q + (g & 1)
-            shares[(group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1)] = sums[0];
+            int place = (group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1);
+            shares[place] = sums[0];
+            if (PEAKS) shares[8 * BN + place] = tops[0];
         }
         if (OUTER) {
             float* to = p.sums + ((long long)t.index * p.F + f) * RANKS + 2 * q;
@@ -1003,7 +1030,14 @@ struct Work {
             float sum = 0.f;
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum += shares[(group * 4 + i) * BN + r];
-            p.shares[(long long)(t.index_f * 2 + group) * p.num_rows + t.row0 + r] = sum;
+            long long at_row = (long long)(t.index_f * 2 + group) * p.num_rows + t.row0 + r;
+            p.shares[at_row] = sum;
+            if (PEAKS) {
+                float top = 0.f;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) top = fmaxf(top, shares[8 * BN + (group * 4 + i) * BN + r]);
+                p.peaks[at_row] = top;
+            }
         }
         named_sync(2 + group, 128);
     }
@@ -1018,7 +1052,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     u64* rows = barriers + 2 * STAGES;
     int* source = (int*)(rows + BN);
     float* shares = (float*)(source + BN);
-    int* before = (int*)(shares + (STAGE == GRADIENT ? 8 * BN : 0));
+    int* before = (int*)(shares + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN : 0));
     int* offsets = before + p.E + 1;   // E + 1
     u32 factors = (smem_address(offsets + p.E + 1) + 15) & ~15u;
     int thread = threadIdx.x, lane = thread & 31;

@@ -59,13 +59,17 @@ class LoraStep:
 class GateGradient:
     """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32
     [2 * ceil(F / 256), M] takes each row's parts of <dh, h>; ``sums`` float32 [token tiles, F, 16], where given, each
-    token tile's part of the gradient of LoRA's A, for at most :data:`RANKS` ranks and no chunks of experts.
+    token tile's part of the gradient of LoRA's A, for at most :data:`RANKS` ranks and no chunks of experts; ``peaks``,
+    where given, as shares: each row's largest |dz · fold|, with ``fold`` float32 [E, 2F], for E4M3 rows and a weight of
+    which one scale serves a row.
     """
 
     z: Tensor
     p_M: Tensor
     shares: Tensor
     sums: Tensor | None = None
+    fold: Tensor | None = None
+    peaks: Tensor | None = None
 
 
 class _Params(ctypes.Structure):
@@ -73,14 +77,14 @@ class _Params(ctypes.Structure):
         ("map", ctypes.c_uint64 * 16),
         *((name, ctypes.c_void_p) for name in (
             "act", "token", "offsets", "act_scale", "scales", "xa", "factor", "out", "h", "z", "p", "shares",
-            "sums",
+            "sums", "fold", "peaks",
         )),
         ("num_rows", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
             "E", "F", "C", "w_rows", "w_cols", "part_rows", "grid_n", "grid_k", "sb_n", "sb_k", "act_groups", "R",
             "p_float", "follows",
         )),
-        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("pad", ctypes.c_uint * 4),
+        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("pad", ctypes.c_uint * 16),
     ]  # fmt: skip
 
 
@@ -209,7 +213,8 @@ def product(
         encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
         _address(out), _address(h), gradient and _address(gradient.z), gradient and _address(gradient.p_M),
-        gradient and _address(gradient.shares), gradient and _address(gradient.sums), num_rows, num_experts, features,
+        gradient and _address(gradient.shares), gradient and _address(gradient.sums),
+        gradient and _address(gradient.fold), gradient and _address(gradient.peaks), num_rows, num_experts, features,
         contraction,
         weight.out_features, weight.in_features, weight.rows, grid_n, grid_k, weight.block[0], weight.block[1],
         1 if rows.scales is None else rows.scales.shape[1], 0 if lora is None else lora.xa.shape[1],
@@ -224,5 +229,9 @@ def product(
         assert bank is None
         assert lora is not None
         assert lora.xa.shape[1] <= RANKS
-    mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None, outer)
+    peaks = gradient is not None and gradient.peaks is not None
+    if peaks:
+        assert not wide
+        assert scale == NONE
+    mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None, outer, peaks)
     launch(mode, out.device, most, ctypes.addressof(pointers))
