@@ -25,6 +25,8 @@ PASSES = (
     "place",
     "dots",
     "adamw_8bit",
+    "held",
+    "round",
 )
 FEW = ("matrix", "pairs", "restore")
 

@@ -37,6 +37,8 @@ from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
 _PRODUCTS = 2
+ROUNDS_H_WITH_LORA = True
+"""Whether one pass rounds h and multiplies it by LoRA's A. By bytes, not yet by time."""
 FINDS_MAXIMA = True
 """Whether the gate's gradient finds the maxima of its rows, so that one pass rounds them and multiplies them by LoRA's
 factors. By bytes, not yet by time.
@@ -100,14 +102,19 @@ class HopperEngine(KernelEngine):
         if not self._takes(h_MI, down):
             return super().down(h_MI, p_TK, routing, down)
         from octavo.ops.kernels.interleave import interleave
-        from octavo.ops.kernels.rows import combine, pass_rows, round_rows
+        from octavo.ops.kernels.rows import combine, holds, pass_rows, round_rows
 
         weight, ha_MR = _codes(down), None
         if self._rounds("down", down):
-            rounded = round_rows(h_MI, min(weight.block[1], weight.in_features), offsets_E=routing.offsets_E)
-            rows = Rows(rounded.codes, None, rounded.scales)
+            group, factor, rounded = min(weight.block[1], weight.in_features), None, None
             if down.lora is not None:
-                ha_MR, _ = pass_rows(h_MI, offsets_E=routing.offsets_E, factor=down.lora.A_ERK)
+                factor = down.lora.A_ERK
+                fuses = ROUNDS_H_WITH_LORA and (group < weight.in_features or holds(group, factor.shape[1]))
+                ha_MR, rounded = pass_rows(
+                    h_MI, offsets_E=routing.offsets_E, factor=factor, group=group if fuses else None
+                )
+            rounded = rounded or round_rows(h_MI, group, offsets_E=routing.offsets_E)
+            rows = Rows(rounded.codes, None, rounded.scales)
         else:
             rows = Rows(h_MI)
             if down.lora is not None:
