@@ -142,10 +142,6 @@ static void copy16(u32 to, const void* from, bool valid) {
     if (valid) memcpy(shared_at(to, 16), from, 16);
     else memset(shared_at(to, 16), 0, 16);
 }
-static void prefetch(const void* from, u32 bytes) {
-    if ((u64)from % 16 || bytes % 16) fail("what is prefetched is not aligned", (u64)from);
-    volatile u8 ends = ((const u8*)from)[0] + ((const u8*)from)[bytes - 1];   // a fault where nothing lies
-}
 static void copy4(u32 to, const void* from) { memcpy(shared_at(to, 4), from, 4); }
 static void store_if(u16* to, u32 value, bool live) {
     if (live) memcpy(to, &value, 4);

@@ -52,6 +52,7 @@ constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
 constexpr bool DUAL = STAGE == SWIGLU;
 constexpr int TILE_F = DUAL ? BF / 2 : BF;
 constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
+constexpr bool DRAINS = !WIDE && (FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
 constexpr bool EARLY = FLIP || SCALE != TABLE;   // WIDE: whether a step's first words come before the last one has ended
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
@@ -329,19 +330,6 @@ __device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part,
     }
 }
 
-// A tile's z comes at its end, when few slots are free: from the L2 by then.
-__device__ __forceinline__ void prefetch_z(const Params& p, const Tile& t, int thread) {
-    u32 bytes = min(BF, p.F - t.feature0) * 2;
-#pragma unroll
-    for (int i = 0; i < (BN + 127) / 128; ++i) {
-        int r = thread + i * 128;
-        if (r >= t.rows) break;
-        const u16* from = p.z + (long long)(t.row0 + r) * (2 * p.F) + t.feature0;
-        prefetch(from, bytes);
-        prefetch(from + p.F, bytes);
-    }
-}
-
 // Which of the weight's (or the output's) features lies in line r of a tile, and whether it is one.
 __device__ __forceinline__ int feature_of(const Params& p, const Tile& t, int r, bool& inside) {
     int g = r & 7, half = (r >> 3) & 1, warp = (r >> 4) & 3, block = r >> 6;
@@ -441,10 +429,7 @@ __device__ __forceinline__ void produce(
             }
             copy_arrive(full + slot * 8);
             barrier_arrive(full + slot * 8);
-            if (step == 0) {
-                if (STAGE == GRADIENT) prefetch_z(p, t, thread);
-                look_ahead(id + gridDim.x);
-            }
+            if (step == 0) look_ahead(id + gridDim.x);
             if (++slot == STAGES) { slot = 0; phase ^= 1; }
         }
     }
@@ -605,58 +590,51 @@ struct Work {
         a[3] = pick(x2, x3, 0x7531);
     }
 
-    // E4M3 activations with one scale per row, whose sums stay in the tensor core.
-    __device__ __forceinline__ void narrow_step(u32 base, int group, int lane, Ring& ring, int previous) {
-        u32 a = descriptor(base + group * 16384), b = descriptor(base + A_BYTES);
-        mma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile)
-                MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
-        mma_commit();
-        mma_wait<1>();
-        if (previous >= 0) ring.free(previous, lane);
-    }
-
-    // The same with the weight turned: words of a step's four multiplications, the first two read ahead.
-    struct Turned {
-        u32 at, turn, words[4][2][4];
-        __device__ __forceinline__ void begin(u32 base, int group, int warp, int lane) {
-            u32 row = turned_row(lane);
-            at = base + group * 16384 + row * 128;
-            turn = warp ^ (row & 7);
-            fetch(0);
-            fetch(1);
-        }
-        __device__ __forceinline__ void fetch(int k) {
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                u32 (&x)[4] = words[k][tile];
-                matrix4_turned(at + k * 4096 + ((turn ^ (4 * tile)) * 16), x[0], x[1], x[2], x[3]);
-            }
-        }
-    };
-
-    // leaves two multiplications of each tile in flight, those of the last two words
-    __device__ __forceinline__ void turned_step(u32 base, Turned& ahead) {
+    // E4M3 activations with one scale per row: sums stay in the tensor core
+    __device__ __forceinline__ void narrow_step(
+        u32 base, int group, int warp, int lane, Ring& ring, int previous
+    ) {
         u32 b = descriptor(base + A_BYTES);
+        if (FLIP) {
+            // operands of two multiplications in flight, and the words of the next
+            u32 hold[3][2][4];
+            u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+            auto fetch = [&](int k) {
+                u32 (&a)[2][4] = hold[k % 3];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            if (k < 2) ahead.fetch(k + 2);
-            u32 (&a)[2][4] = ahead.words[k];
+                for (int tile = 0; tile < 2; ++tile)
+                    matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16),
+                                   a[tile][0], a[tile][1], a[tile][2], a[tile][3]);
+            };
+            fetch(0);
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                turn_words(a[tile]);
-                settle(a[tile]);
+            for (int k = 0; k < 4; ++k) {
+                u32 (&a)[2][4] = hold[k % 3];
+                if (k < 3) fetch(k + 1);
+                turn_words(a[0]);
+                turn_words(a[1]);
+                settle(a[0]);
+                settle(a[1]);
+                mma_fence();
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile)
+                    MMA::narrow_rs(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], whole(b + k * 2), 1);
+                mma_commit();
+                if (k < 3) mma_wait<1>();
+                else mma_wait<0>();
             }
+        } else {
+            u32 a = descriptor(base + group * 16384);
             mma_fence();
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile)
-                MMA::narrow_rs(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], whole(b + k * 2), 1);
+            for (int k = 0; k < 4; ++k)
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile)
+                    MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
             mma_commit();
+            mma_wait<1>();
+            if (previous >= 0) ring.free(previous, lane);
         }
-        mma_wait<2>();
     }
 
     // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32. A column's factor,
@@ -666,61 +644,49 @@ struct Work {
         u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES;
         u32 a = descriptor(base + group * 16384);
         u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
-        // FLIP: words of three multiplications, in turns; of a tile's, the first two are read ahead
-        u32 words[3][4];
+        if (token < BN) {
+            // the four that a thread needs of sixteen tokens, 2q, 2q + 1 and 8 more, lie together
+            u32 to = factors + ((token >> 4) * 16 + (token & 6) * 2 + ((token >> 3) & 1) * 2 + (token & 1)) * 4;
+            float scale = ldsf(table + token * 4);
+            stsf(to, scale * ldsf(table + SLAB_WEIGHTS + (DUAL ? 0 : group) * 4));
+            if (DUAL) stsf(to + BN * 4, scale * ldsf(table + SLAB_WEIGHTS + 4));
+        }
+        // FLIP: operands of two multiplications in flight, and the words of the next
+        u32 hold[3][4];
         auto fetch = [&](int tile, int k) {
-            u32 (&x)[4] = words[(4 * tile + k) % 3];
+            u32 (&x)[4] = hold[k % 3];
             matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16), x[0], x[1], x[2], x[3]);
         };
-        if (FLIP) {
-            fetch(0, 0);
-            fetch(0, 1);
-        }
+        if (FLIP) fetch(0, 0);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
             float part[BN / 2];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 if (FLIP) {
-                    u32 (&x)[4] = words[(4 * tile + k) % 3];
-                    if (k == 0) fetch(tile, 2);
-                    if (k == 2) {
-                        // whose words the last ones replace
-                        mma_wait<1>();
-                        fetch(tile, 3);
-                    }
+                    u32 (&x)[4] = hold[k % 3];
+                    if (k < 3) fetch(tile, k + 1);
                     turn_words(x);
                     settle(x);
                     mma_fence();
                     MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
-                    if (k < 3) mma_commit();
+                    if (k < 3) {
+                        mma_commit();
+                        mma_wait<1>();
+                    }
                 } else {
                     if (k == 0) mma_fence();
                     MMA::narrow_ss(part, whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), k);
                 }
             }
             mma_commit();
-            // the tensor cores are busy
-            if (tile == 0) {
-                if (token < BN) {
-                    // the four that a thread needs of sixteen tokens, 2q, 2q + 1 and 8 more, lie together
-                    u32 to = factors + ((token >> 4) * 16 + (token & 6) * 2 + ((token >> 3) & 1) * 2 + (token & 1)) * 4;
-                    float scale = ldsf(table + token * 4);
-                    stsf(to, scale * ldsf(table + SLAB_WEIGHTS + (DUAL ? 0 : group) * 4));
-                    if (DUAL) stsf(to + BN * 4, scale * ldsf(table + SLAB_WEIGHTS + 4));
-                }
-                named_sync(2 + group, 128);
-            }
+            // the tensor cores are busy, and every thread's factors were written before
+            if (tile == 0) named_sync(2 + group, 128);
             u32 from = factors + (DUAL ? tile * BN : 0) * 4 + q * 16;
             float s[2][4];
             lds_float4(from, s[0]);
-            if (FLIP && tile == 0) {
-                mma_wait<2>();
-                fetch(1, 0);
-                mma_wait<1>();
-                fetch(1, 1);
-            }
             mma_wait<0>();
+            if (FLIP && tile == 0) fetch(1, 0);
 #pragma unroll
             for (int j = 0; j < BN / 8; ++j) {
                 if ((j & 1) == 0 && j + 2 < BN / 8) lds_float4(from + (j / 2 + 1) * 64, s[(j / 2 + 1) & 1]);
@@ -761,11 +727,6 @@ struct Work {
             base = ring.wait();
             ahead.begin(base, group, warp, lane);
         }
-        Turned turned;
-        if (!WIDE && FLIP && SCALE != SLAB) {
-            base = ring.wait();
-            turned.begin(base, group, warp, lane);
-        }
         for (int step = 0; step < main_steps; ++step) {
             if (WIDE && !BANK) {
                 wide_step(base, group, ahead);
@@ -779,26 +740,13 @@ struct Work {
                 if (EARLY) finish(ring, previous, lane);
                 continue;
             }
-            if (!WIDE && FLIP && SCALE != SLAB) {
-                turned_step(base, turned);
-                previous = ring.next();
-                bool more = step + 1 < main_steps;
-                if (more) {
-                    base = ring.wait();
-                    turned.begin(base, group, warp, lane);
-                }
-                mma_wait<0>();
-                // the last slot's table is needed after the sum
-                if (more) ring.free(previous, lane);
-                continue;
-            }
             base = ring.wait();
             // a slot whose table is needed after the sum is freed then
             if (BANK) bank_step(base, group, lane, ring, previous);
             else if (SCALE == SLAB) slab_step(base, group, warp, lane, factors + (ring.turn ^= FACTORS * 4));
-            else narrow_step(base, group, lane, ring, previous);
+            else narrow_step(base, group, warp, lane, ring, previous);
             previous = ring.next();
-            if (SCALE == SLAB) ring.free(previous, lane);
+            if (DRAINS && (SCALE == SLAB || step + 1 < main_steps)) ring.free(previous, lane);
         }
         mma_wait<0>();
         if (WIDE && SCALE == TABLE) {
