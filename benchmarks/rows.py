@@ -147,17 +147,6 @@ def rounded_too(yb_MR: Tensor, dB: Tensor, rounded: Rounded | None) -> Result:
     return yb_MR, dB, *whole(rounded)
 
 
-def rounded_h(o: Operands, group: int, cut: Cut | None) -> Result:
-    held = cut if group == o.model.intermediate else None
-    ha_MR, rounded = pass_rows(
-        o.h_MI, offsets_E=o.offsets_E, factor=o.down_A, group=group, cut=None if held else cut, held=held
-    )
-    assert ha_MR is not None
-    return ha_MR, *whole(rounded)
-
-
-HELD = (None, Cut(16, 128, 4), Cut(16, 128, 8), Cut(16, 256, 8), Cut(32, 128, 8), Cut(32, 256, 8))
-GROUPED = (None, Cut(32, 128, 4, 3), Cut(64, 128, 4, 3), Cut(64, 128, 8, 3), Cut(128, 128, 8, 3))
 ROUNDED = (
     None, Cut(128, 128, 4, 2), Cut(128, 128, 8, 2), Cut(128, 128, 8, 3), Cut(256, 128, 8, 2), Cut(256, 128, 16, 2),
     Cut(256, 128, 16, 3),
@@ -199,34 +188,6 @@ PASSES: dict[str, Pass] = {
         lambda o: (o.skinny(o.h_MI, o.down_A.transpose(1, 2)),),
         lambda o: nbytes(o.h_MI, o.xa_MR, o.down_A),
         SKINNY,
-    ),
-    "h·A and h by rows, two reads": Pass(
-        lambda o, _: (
-            *skinny(o.h_MI, o, None, o.down_A, None),
-            *whole(round_rows(o.h_MI, o.model.intermediate, offsets_E=o.offsets_E)),
-        ),
-        lambda o: (*PASSES["h·A"].want(o), *whole(round_rows(o.h_MI, o.model.intermediate))),
-        lambda o: PASSES["h·A"].bytes(o) + nbytes(o.h_MI) // 2,
-    ),
-    "h·A and h by rows, one read": Pass(
-        lambda o, cut: rounded_h(o, o.model.intermediate, cut),
-        lambda o: PASSES["h·A and h by rows, two reads"].want(o),
-        lambda o: PASSES["h·A"].bytes(o) + nbytes(o.h_MI) // 2,
-        HELD,
-    ),
-    "h·A and h in groups, two reads": Pass(
-        lambda o, _: (
-            *skinny(o.h_MI, o, None, o.down_A, None),
-            *whole(round_rows(o.h_MI, GROUP, offsets_E=o.offsets_E)),
-        ),
-        lambda o: (*PASSES["h·A"].want(o), *whole(round_rows(o.h_MI, GROUP))),
-        lambda o: PASSES["h·A"].bytes(o) + nbytes(o.h_MI) // 2,
-    ),
-    "h·A and h in groups, one read": Pass(
-        lambda o, cut: rounded_h(o, GROUP, cut),
-        lambda o: PASSES["h·A and h in groups, two reads"].want(o),
-        lambda o: PASSES["h·A"].bytes(o) + nbytes(o.h_MI) // 2,
-        GROUPED,
     ),
     "combine weighted": Pass(
         lambda o, cut: (combine(o.y_MH, o.row_TK, o.offsets_E, o.p_TK, cut),),

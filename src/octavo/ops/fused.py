@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from octavo.ops.kernels.rows import Rounded
 
 Way = Literal["bank", "codes", "scaled"]
-ROUNDS_WITH_LORA = True
-"""Whether one pass rounds groups of columns of an incoming gradient and multiplies it by LoRA's factors. By bytes, not
-yet by time.
+ROUNDED_WITH_LORA = 193
+"""Rows per expert from which one pass both rounds rows and multiplies them by LoRA's factors: of a layer's time in fp8
+it saves 1 % at 512 rows and at 2048, and costs 1 to 2 % at 128 (one H200, docs/log.md).
 """
 
 Site = Literal["up", "down", "down_grad", "up_grad"]
@@ -267,7 +267,7 @@ class KernelEngine(ProductEngine):
         if factor is None or xa_MR is None:
             return *self._rounded_incoming(dy, side, routing, token_M), None
         # gathered tokens are rounded once each, not once for every expert
-        group = self._group_with_lora(side) if token_M is None else None
+        group = self._group_with_lora(side, routing) if token_M is None else None
         if (group or self._way("up_grad", side.weight) != "scaled") and factor.shape[2] <= MOST_RANK:
             yb_MR, lora_B, rounded = lora_backward(dy, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group)
             operand = Operand(dy, token_M) if rounded is None else _rounded(rounded, None)
@@ -275,9 +275,15 @@ class KernelEngine(ProductEngine):
         lora_B = outer(dy, xa_MR, offsets_E, rank_first=False, dtype=factor.dtype, token_M=token_M, p_M=p_M)
         return *self._rounded_incoming(dy, side, routing, token_M), lora_B
 
-    def _group_with_lora(self, side: Projection) -> int | None:
-        """Columns of a scale of the incoming gradient, where LoRA's own pass over it can round it."""
-        if not ROUNDS_WITH_LORA or self._way("up_grad", side.weight) != "scaled" or folds_into_rows(_codes(side)):
+    @staticmethod
+    def _rounds_with_lora(side: Projection, routing: Routing) -> bool:
+        return routing.num_rows >= ROUNDED_WITH_LORA * side.weight.num_experts
+
+    def _group_with_lora(self, side: Projection, routing: Routing) -> int | None:
+        """Columns of a scale of the incoming gradient, where LoRA's own pass over it rounds it."""
+        if self._way("up_grad", side.weight) != "scaled" or folds_into_rows(_codes(side)):
+            return None
+        if not self._rounds_with_lora(side, routing):
             return None
         from octavo.ops.kernels.lora_backward import MOST_GROUP
 

@@ -25,8 +25,6 @@ PASSES = (
     "place",
     "dots",
     "adamw_8bit",
-    "held",
-    "round",
 )
 FEW = ("matrix", "pairs", "restore")
 

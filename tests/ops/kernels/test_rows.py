@@ -1,15 +1,10 @@
 """Passes over rows against float64: skinny products, rounding to E4M3, folding a scale, combine, sums of parts."""
 
-from unittest.mock import patch
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.ops.kernels import rows as rows_module
-from octavo.ops.kernels.common import INTERPRETED
 from octavo.ops.kernels.rows import combine, pass_rows, round_rows, sum_parts
 from octavo.ops.reference import E4M3_MAX
 from tests.ops.kernels.cases import ACTIVATIONS, DEVICE, Rows, assert_sums, grouped, ragged, seeds
@@ -95,56 +90,6 @@ def test_folding_a_scale_into_rows(drawn: tuple[list[int], int, int], width: int
     for e, span in rows.spans():
         value = source[span].float() * fold_EK[e]
         assert_rounded(value, rounded.codes[span].float(), rounded.scales[span], width)
-
-
-@given(
-    drawn=ragged,
-    width=st.sampled_from((16, 48, 96, 130, 160)),
-    rank=ranks,
-    group=st.sampled_from((16, 32, None)),
-    gather=st.booleans(),
-    fold=st.booleans(),
-    most_held=st.sampled_from((rows_module.MOST_HELD, 0)),
-)
-@settings(max_examples=40, deadline=None)
-def test_rounding_beside_a_product(
-    drawn: tuple[list[int], int, int], width: int, rank: int, group: int | None, gather: bool, fold: bool,
-    most_held: int,
-) -> None:  # fmt: skip
-    """Codes and scales are those of the rounding alone, rows that registers hold or not; others are not written."""
-    rows = Rows(*drawn)
-    x = poisoned_tokens(rows, width) if gather else rows.rows(width)
-    factor = rows.draw(rows.num_experts, rank, width)
-    fold_EK = torch.exp2(rows.draw(rows.num_experts, width, dtype=torch.float32) * 2) if fold else None
-    size = width if group is None or group > width else group
-    how = {"offsets_E": rows.offsets_E, "token_M": rows.token_M if gather else None, "fold_EK": fold_EK}
-    with patch.object(rows_module, "MOST_HELD", most_held):
-        skinny_MR, rounded = pass_rows(x, factor=factor, group=size, **how)
-    alone = round_rows(x, size, **how)
-    assert skinny_MR is not None
-    assert rounded is not None
-    source, live = x[rows.token_M] if gather else x, rows.live
-    assert_sums("skinny", skinny_MR[:live], *grouped(rows, source, factor.transpose(1, 2)), terms=width)
-    assert torch.equal(rounded.codes[:live].view(torch.uint8), alone.codes[:live].view(torch.uint8))
-    assert torch.equal(rounded.scales[:live], alone.scales[:live])
-    for untouched in (skinny_MR, rounded.codes.float(), rounded.scales):
-        assert bool(untouched[live:].isnan().all())
-
-
-@pytest.mark.skipif(INTERPRETED, reason="takes a GPU")
-@pytest.mark.parametrize("width", [768, 1536, 2048])
-@pytest.mark.parametrize("block", [128, None])
-def test_rounding_beside_a_product_of_real_layers(width: int, block: int | None) -> None:
-    rows = Rows([1000, 0, 2049, 1], 3, 0)
-    x, factor, size = rows.rows(width), rows.draw(4, 16, width), block or width
-    skinny_MR, rounded = pass_rows(x, factor=factor, group=size, offsets_E=rows.offsets_E)
-    alone = round_rows(x, size, offsets_E=rows.offsets_E)
-    assert skinny_MR is not None
-    assert rounded is not None
-    live = rows.live
-    assert_sums("skinny", skinny_MR[:live], *grouped(rows, x, factor.transpose(1, 2)), terms=width)
-    assert torch.equal(rounded.codes[:live].view(torch.uint8), alone.codes[:live].view(torch.uint8))
-    assert torch.equal(rounded.scales[:live], alone.scales[:live])
 
 
 @given(ragged, st.sampled_from((16, 96, 160)), st.sampled_from((16, 32, None)), st.booleans(), st.booleans())

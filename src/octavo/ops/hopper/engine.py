@@ -37,12 +37,6 @@ from octavo.ops.reference import folds_into_rows
 from octavo.ops.routing import Routing
 
 _PRODUCTS = 2
-ROUNDS_H_WITH_LORA = True
-"""Whether one pass rounds h and multiplies it by LoRA's A. By bytes, not yet by time."""
-FINDS_MAXIMA = True
-"""Whether the gate's gradient finds the maxima of its rows, so that one pass rounds them and multiplies them by LoRA's
-factors. By bytes, not yet by time.
-"""
 
 
 @dataclass(frozen=True)
@@ -102,18 +96,19 @@ class HopperEngine(KernelEngine):
         if not self._takes(h_MI, down):
             return super().down(h_MI, p_TK, routing, down)
         from octavo.ops.kernels.interleave import interleave
-        from octavo.ops.kernels.rows import combine, holds, pass_rows, round_rows
+        from octavo.ops.kernels.rows import combine, pass_rows, round_rows
 
-        weight, ha_MR = _codes(down), None
+        weight, ha_MR, rounded = _codes(down), None, None
         if self._rounds("down", down):
-            group, factor, rounded = min(weight.block[1], weight.in_features), None, None
+            group = min(weight.block[1], weight.in_features)
             if down.lora is not None:
-                factor = down.lora.A_ERK
-                fuses = ROUNDS_H_WITH_LORA and (group < weight.in_features or holds(group, factor.shape[1]))
+                # with one scale a row, registers that hold rows until their maximum is known cost more than a read
+                at_once = group < weight.in_features and self._rounds_with_lora(down, routing)
                 ha_MR, rounded = pass_rows(
-                    h_MI, offsets_E=routing.offsets_E, factor=factor, group=group if fuses else None
+                    h_MI, offsets_E=routing.offsets_E, factor=down.lora.A_ERK, group=group if at_once else None
                 )
-            rounded = rounded or round_rows(h_MI, group, offsets_E=routing.offsets_E)
+            if rounded is None:
+                rounded = round_rows(h_MI, group, offsets_E=routing.offsets_E)
             rows = Rows(rounded.codes, None, rounded.scales)
         else:
             rows = Rows(h_MI)
@@ -130,7 +125,9 @@ class HopperEngine(KernelEngine):
         self, dy_TH: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate, wants: Wants
     ) -> RowMaxima | None:
         """See :class:`octavo.ops.engines.Engine`: for two projections of which one scale serves a row."""
-        if not (FINDS_MAXIMA and isinstance(gate, SwiGlu) and self._takes(dy_TH, up) and self._takes(dy_TH, down)):
+        if not (isinstance(gate, SwiGlu) and self._takes(dy_TH, up) and self._takes(dy_TH, down)):
+            return None
+        if not self._rounds_with_lora(up, routing):
             return None
         if not all(self._rounds("down_grad", side) and folds_into_rows(_codes(side)) for side in (up, down)):
             return None
@@ -251,7 +248,7 @@ class HopperEngine(KernelEngine):
             if wants.lora and factor.shape[2] <= MOST_RANK:
                 assert xa_MR is not None
                 # gathered tokens are rounded once each, not once for every expert
-                group = self._group_with_lora(side) if token_M is None else None
+                group = self._group_with_lora(side, routing) if token_M is None else None
                 # those in ``wants`` are of dz
                 maxima = wants.maxima if token_M is None else None
                 yb_MR, lora_B, rounded = lora_backward(

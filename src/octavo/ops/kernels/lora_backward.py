@@ -119,8 +119,7 @@ FEW = Cut(32, 32, 4, 1) if INTERPRETED else Cut(128, 64, 4, 4)
 FEW_ROWS = 192
 """Up to how many rows per expert."""
 CUT_ROUNDED = Cut(32, 32, 4, 1) if INTERPRETED else Cut(256, 128, 16, 3)
-FEW_ROUNDED = Cut(32, 32, 4, 1) if INTERPRETED else Cut(128, 128, 8, 2)
-"""With rounding in groups: by registers and bytes in flight, not yet by time. Groups of 128 columns lie in one tile."""
+"""With rounding in groups, of which those of 128 columns lie in one tile."""
 
 # Beyond, the chunks' sums (4·R / CHUNK of the bytes of d) cost what a second read does.
 MOST_RANK = 32
@@ -161,7 +160,7 @@ def lora_backward(
         )
     if cut is None:
         few = num_rows <= FEW_ROWS * num_experts
-        cut = (FEW if few else CUT) if group is None else (FEW_ROUNDED if few else CUT_ROUNDED)
+        cut = CUT_ROUNDED if group is not None else FEW if few else CUT
     sizes = {"E": num_experts, "EP": max(16, triton.next_power_of_2(num_experts)), "CHUNK": cut.rows}
     most_chunks = ceil_div(num_rows, cut.rows) + num_experts
     sums_CNR = torch.empty((most_chunks, cols, rank), dtype=torch.float32, device=d.device)

@@ -95,57 +95,6 @@ def rows_kernel(
 
 
 @triton.jit
-def held_kernel(
-    x, token_M, offsets_E, scale_EK, factor, skinny, codes, scales, stride_e, stride_k, stride_r,
-    K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, GATHER: tl.constexpr,
-    FOLD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The skinny product and one scale a row, whose registers hold the row until its maximum is known."""
-    pid = tl.program_id(0)
-    tiles = expert_tiles(offsets_E, 0, E, E, EP, BM)
-    e = tl.sum((tiles <= pid).to(tl.int32), 0)
-    if e < E:
-        first, end = expert_rows(offsets_E, e)
-        before = tl.sum(tl.where(tl.arange(0, EP) == e - 1, tiles, 0), 0)
-        row = first + (pid - before) * BM + tl.arange(0, BM)
-        mask_m = row < end
-        row = row.to(tl.int64)
-        source = row
-        if GATHER:
-            source = tl.load(token_M + row, mask=mask_m, other=0)
-        wide = e.to(tl.int64)
-        r = tl.arange(0, RP)
-        amax = tl.zeros((BM,), tl.float32)
-        acc = tl.zeros((BM, RP), tl.float32)
-        held = ()
-        for k0 in tl.static_range(0, K, BK):
-            k = k0 + tl.arange(0, BK)
-            stored, value = _load(x, source, k, mask_m, scale_EK, e, K, FOLD)
-            f = tl.load(
-                factor + wide * stride_e + k[:, None] * stride_k + r[None, :] * stride_r,
-                mask=(k < K)[:, None] & (r < R)[None, :], other=0.0,
-            ).to(stored.dtype)  # fmt: skip
-            if WIDE:
-                acc = tl.dot(stored.to(tl.float32), f.to(tl.float32), acc)
-            else:
-                acc = tl.dot(stored, f, acc)
-            amax = tl.maximum(amax, tl.max(tl.abs(value), 1))
-            # Triton unpacks no tuples
-            held = held + (stored,)  # type: ignore[assignment]  # noqa: RUF005
-        mask_mr = mask_m[:, None] & (r < R)[None, :]
-        tl.store(skinny + row[:, None] * R + r[None, :], acc.to(skinny.dtype.element_ty), mask=mask_mr)
-        scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
-        tl.store(scales + row, scale, mask=mask_m)
-        for i in tl.static_range(len(held)):
-            k = i * BK + tl.arange(0, BK)
-            value = held[i].to(tl.float32)
-            if FOLD:
-                value *= tl.load(scale_EK + wide * K + k, mask=k < K, other=0.0)[None, :]
-            code = to_e4m3(tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX), WIDE)
-            tl.store(codes + row[:, None] * K + k[None, :], code, mask=mask_m[:, None] & (k < K)[None, :])
-
-
-@triton.jit
 def round_groups(value, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr):
     """A float32 tile as (E4M3 codes, a scale for each row and ``GROUP`` columns)."""
     grouped = tl.reshape(value, (BM, BK // GROUP, GROUP))
@@ -230,18 +179,6 @@ class Rounded:
     scales: Tensor
 
 
-MOST_HELD = 1536
-"""Columns of rows that registers hold where they are multiplied and rounded with one scale, in the place of a second
-read: two blocks of 16 rows on a multiprocessor. By registers, not yet by time; 0 turns it off.
-"""
-MOST_HELD_RANK = 32
-
-
-def holds(cols: int, rank: int) -> bool:
-    """Whether :func:`pass_rows` multiplies rows and rounds each with one scale in one read."""
-    return cols <= MOST_HELD and rank <= MOST_HELD_RANK
-
-
 def pass_rows(
     x: Tensor,
     *,
@@ -252,15 +189,13 @@ def pass_rows(
     fold_EK: Tensor | None = None,
     group: int | None = None,
     cut: Cut | None = None,
-    held: Cut | None = None,
 ) -> tuple[Tensor | None, Rounded | None]:
     """One pass over the rows of ``x`` [*, K] bfloat16: (x·factorᵀ [M, R], x rounded to E4M3), each where asked for.
 
     With ``offsets_E`` rows are sorted by expert, read at ``token_M`` where given. ``factor``: [E, R, K] with
     ``contract=2`` or [E, K, R] with ``contract=1``. ``fold_EK``: float32 column scales that multiply before rounding.
     ``group``: columns per scale of the rounding, K for one scale per row; ``None`` for no rounding. ``cut``: the
-    measured one by default; a smaller group than K is itself the tile's columns. ``held``: the cut of the pass that
-    multiplies rows of at most :data:`MOST_HELD` columns and rounds each with one scale.
+    measured one by default; a smaller group than K is itself the tile's columns.
     """
     num_rows, cols = (x if token_M is None else token_M).shape[0], x.shape[1]
     device = x.device
@@ -284,17 +219,6 @@ def pass_rows(
     if cut is None:
         cut = Cut(32 if num_rows <= 16384 else 64, 64 if INTERPRETED else 128, 4, 4) if group else Cut(64, 64, 4, 4)
     block_k = group if grouped else cut.columns
-    whole = factor is not None and rounded is not None and by_expert and not grouped
-    if whole and holds(cols, rank):
-        held = held or (Cut(16, 32) if INTERPRETED else Cut(32 if cols <= 768 else 16, 256, 8))
-        assert rounded is not None
-        held_kernel[(ceil_div(num_rows, held.rows) + num_experts,)](
-            x, token_M, offsets_E, fold_EK, factor, skinny, rounded.codes, rounded.scales, *strides, K=cols, R=rank,
-            RP=padded_rank(rank), E=num_experts, EP=max(16, triton.next_power_of_2(num_experts)),
-            GATHER=token_M is not None, FOLD=fold_EK is not None, BM=held.rows, BK=held.columns, WIDE=INTERPRETED,
-            num_warps=held.warps,
-        )  # fmt: skip
-        return skinny, rounded
     grid = ceil_div(num_rows, cut.rows) + (num_experts if by_expert else 0)
     rows_kernel[(grid,)](
         x, token_M, offsets_E, fold_EK, factor, skinny, rounded and rounded.codes, rounded and rounded.scales,
