@@ -1,6 +1,6 @@
 """Packed rows of one shape, so that decoder layers can be replayed as CUDA graphs, which hold for one shape each.
 
-What a packed row lacks of its full length, a tenth at most as a rule, is one more example that nobody learns from.
+What a packed row lacks of its full length, an eighth at most, is one more example that nobody learns from.
 """
 
 from collections.abc import Callable
