@@ -21,7 +21,7 @@ from octavo.nn.linear import Float8Linear
 from octavo.ops.pieces import IN_FLIGHT, PIECE_BYTES
 from octavo.plan.rehearsal import layer_costs, layers_of
 from octavo.plan.skeleton import Adapters, bare_model, with_adapters
-from octavo.plan.terms import Planner, Request, _weights, state_tensors
+from octavo.plan.terms import MOST_REPLAYED, Planner, Request, _weights, state_tensors
 from octavo.train.offloaded_optimizer import offloaded
 
 GB = 1e9
@@ -194,6 +194,16 @@ def test_recorded_layers_hold_one_layers_memory_all_the_time(planner):
     # without checkpointing nothing is recorded
     kept = replace(base, checkpointing=False)
     assert planner.plan(replace(kept, graphs=True)) == planner.plan(kept)
+    # nor with experts on the host, nor by itself where rows are long: a change is what it leads to
+    host = replace(base, experts="host")
+    assert planner.plan(replace(host, graphs=True)) == planner.plan(host)
+    long = replace(base, seq=2 * MOST_REPLAYED, graphs="auto")
+    assert planner.plan(long).recordings == 0
+    assert planner.plan(replace(base, graphs="auto")) == recorded
+    shorter = next(change for change in planner.changes(long) if change.says == f"data.max_length: {MOST_REPLAYED}")
+    after = planner.plan(replace(long, seq=MOST_REPLAYED))
+    assert after.recordings > 0
+    assert shorter.saves == planner.plan(long).peak - after.peak
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])

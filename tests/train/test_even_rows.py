@@ -5,7 +5,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from octavo.integrations import recorder
-from octavo.train.even_rows import EvenRows
+from octavo.train.even_rows import EvenRows, even_shape
 from octavo.train.metrics import read_metrics
 from octavo.train.packed import packed_attention
 from tests.integrations.test_graph_layers import DoneAgain
@@ -19,14 +19,15 @@ def collate(lengths, full):
     ids = list(range(10, 10 + sum(lengths)))
     examples = [{"input_ids": ids, "labels": ids, "seq_lengths": lengths}]
     stock = DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=True)
-    return stock(examples), EvenRows(stock, PAD, full, MOST)(examples)
+    return stock(examples), EvenRows(stock, full, MOST)(examples)
 
 
 @pytest.mark.parametrize("lengths", [[20, 13, 27], [64], [1] * 57, [30, 34]])
 def test_a_row_keeps_its_examples_and_gets_one_of_padding(lengths):
     plain, even = collate(lengths, 64)
     tokens = sum(lengths)
-    for name, filling in (("input_ids", PAD), ("labels", -100)):
+    # a token of the row itself: not every tokenizer's padding is one of the model's
+    for name, filling in (("input_ids", 10), ("labels", -100)):
         assert even[name].shape == (1, 64)
         assert torch.equal(even[name][:, :tokens], plain[name])
         assert (even[name][:, tokens:] == filling).all()
@@ -86,3 +87,8 @@ def test_a_packed_run_is_replayed_and_learns_the_same(tmp_path, checkpoint, monk
     for key in ("loss", "grad_norm", "expert_load"):
         assert [line[key] for line in got] == pytest.approx([line[key] for line in want], rel=1e-4), key
     assert "CUDA graphs: 2 recordings, 12 forwards replayed; 4 not: the first 2 forwards of a kind" in said
+
+
+def test_the_shape_is_that_of_the_longest_row_and_of_the_examples_of_most():
+    assert even_shape([[5, 5], [11], [1] * 9]) == (11, 9)
+    assert even_shape([[2, 2]] * 19 + [[1] * 50]) == (50, 2)

@@ -37,6 +37,7 @@ def test_a_recorded_run_has_the_same_losses_and_counts(tmp_path, checkpoint, mon
     ("change", "words"),
     [
         ({"train": {"graphs": True, "gradient_checkpointing": "none"}}, "take the place of gradient checkpointing"),
+        ({"model": {"path": "somewhere", "experts": "host"}, "train": {"graphs": True}}, "cannot wait for the copies"),
         ({"train": {"graphs": True}, "lora": {"dropout": 0.1}}, r"`lora.dropout` is 0.1; set it to 0"),
     ],
 )

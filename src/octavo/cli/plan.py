@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -104,11 +103,13 @@ def plan(
         raise ConfigError("--offload-optimizer moves the optimizer's states, and sgd keeps none; leave it out.")
     if graphs and not checkpointing:
         raise ConfigError("--graphs take the place of gradient checkpointing; leave out --no-checkpointing.")
+    if graphs and experts == Experts.HOST:
+        raise ConfigError("--graphs cannot wait for experts that come from the host; leave out one of the two.")
     # Imported late: help and a wrong call should not wait for torch.
     import torch
 
     from octavo.plan.skeleton import Adapters
-    from octavo.plan.terms import Planner, Request, replays
+    from octavo.plan.terms import Planner, Request
 
     adapters = Adapters(
         r=rank,
@@ -128,8 +129,8 @@ def plan(
         checkpointing=checkpointing,
         offload_hidden_states=offload_hidden_states,
         offload_optimizer=offload_optimizer,
+        graphs="auto" if graphs is None else graphs,
     )
-    request = replace(request, graphs=replays(request) if graphs is None else graphs)
     planner = Planner(checkpoint)
     found = planner.plan(request)
     fits = None if limit is None else found.peak + CONTEXT <= limit

@@ -56,17 +56,18 @@ class Request:
     checkpointing: bool = True
     offload_hidden_states: bool = False
     offload_optimizer: bool = False
-    graphs: bool = False
+    graphs: Literal["auto"] | bool = False
     router_aux_loss: float | None = None
 
 
 def replays(request: Request) -> bool:
-    """What ``train.graphs: auto`` does on one GPU, without dropout: replay layers as CUDA graphs.
+    """Whether one GPU replays layers as CUDA graphs. ``auto`` is without dropout.
 
     Where layers are longer than what the host needs to launch them, that would take memory for nothing.
     """
-    tokens = request.batch * request.seq
-    return request.checkpointing and request.experts == "resident" and tokens <= MOST_REPLAYED
+    if not request.checkpointing or request.experts == "host":
+        return False
+    return request.batch * request.seq <= MOST_REPLAYED if request.graphs == "auto" else request.graphs
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Planner:
         loss, kept_for_loss = _loss_bytes(request, config, tokens)
         kept = _kept(request, costs, hidden)
         first = 0 if request.grad_accumulation == 1 else gradients
-        recorded = request.graphs and request.checkpointing
+        recorded = replays(request)
         recordings = 0
         if recorded:
             # Graphs share the memory of the largest, a layer's input, its gradient, and its factors' gradients.
@@ -322,7 +323,7 @@ def _alternatives(request: Request, model: PreTrainedModel) -> list[tuple[str, b
         offer("train.offload_hidden_states: true", same_run=True, offload_hidden_states=True)
     if not request.offload_optimizer and request.optimizer != "sgd":
         offer("train.offload_optimizer: true", same_run=True, offload_optimizer=True)
-    if request.graphs and request.checkpointing:
+    if replays(request):
         offer("train.graphs: false", same_run=True, graphs=False)
     if request.optimizer != "adamw_8bit" or adapters.dtype != torch.bfloat16:
         offer(

@@ -290,6 +290,11 @@ class SftConfig(RunConfig):
                 "`train.graphs` take the place of gradient checkpointing, and `train.gradient_checkpointing` is "
                 "`none`; set it to `non_reentrant`, or `graphs` to `false`"
             )
+        if self.model.experts == "host":
+            raise ValueError(
+                "`train.graphs` cannot wait for the copies of `model.experts: host`; set `graphs` to `false`, or "
+                "`experts` to `resident`"
+            )
         if self.lora.dropout > 0:
             raise ValueError(
                 f"`train.graphs` would draw other random numbers in each half, and `lora.dropout` is "

@@ -3,7 +3,7 @@
 What a packed row lacks of its full length, an eighth at most, is one more example that nobody learns from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,14 @@ from octavo.train.example import IGNORED
 
 # Of its full length: shorter rows, as the last one of a data set, keep their own shape.
 _LEAST = 7 / 8
+
+
+def even_shape(packs: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(Tokens, examples) of a row for a data set whose rows hold examples of these lengths: the longest row, and the
+    examples of all but the fullest tenth of rows, since attention takes memory for as many as it is told of.
+    """
+    counts = sorted(map(len, packs))
+    return max(map(sum, packs)), counts[(len(counts) * 9 - 1) // 10]
 
 
 class EvenRows:
@@ -27,11 +35,10 @@ class EvenRows:
     def __init__(
         self,
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        pad_token_id: int,
         length: int,
         examples: int,
     ) -> None:
-        self._collate, self._pad, self._length, self._examples = collate, pad_token_id, length, examples
+        self._collate, self._length, self._examples = collate, length, examples
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self._collate(examples)
@@ -41,7 +48,8 @@ class EvenRows:
             return batch
         short = self._length - tokens
         for name, filling in (
-            ("input_ids", torch.full((short,), self._pad)),
+            # any token that the model has
+            ("input_ids", batch["input_ids"][0, :1].expand(short)),
             ("labels", torch.full((short,), IGNORED)),
             ("position_ids", torch.arange(short)),
             ("seq_idx", torch.full((short,), starts.numel() - 1)),

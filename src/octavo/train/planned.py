@@ -19,16 +19,13 @@ def planned(config: SftConfig) -> Plan:
     lora = config.lora
     if lora.modules_to_save or lora.trainable_tokens or lora.router:
         raise OctavoError("what trains in full, and routers, are not in a plan yet")
-    request = _request(config)
     graphs = torch.cuda.is_available() and replays_layers(config)
-    return Planner(config.model.path).plan(replace(request, graphs=graphs))
+    return Planner(config.model.path).plan(replace(_request(config), graphs=graphs))
 
 
 def replays_layers(config: SftConfig) -> bool:
     """Whether one GPU replays decoder layers as CUDA graphs."""
-    if config.train.graphs != "auto":
-        return config.train.graphs
-    return replays(_request(config)) and not config.lora.dropout
+    return replays(_request(config))
 
 
 def _request(config: SftConfig) -> Request:
@@ -46,5 +43,6 @@ def _request(config: SftConfig) -> Request:
         checkpointing=train.gradient_checkpointing != "none",
         offload_hidden_states=train.offload_hidden_states,
         offload_optimizer=train.offload_optimizer,
+        graphs=False if lora.dropout else train.graphs,
         router_aux_loss=train.router_aux_loss,
     )

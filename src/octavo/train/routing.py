@@ -35,8 +35,7 @@ def num_experts(own: nn.Module) -> int:
 class ExpertTokens:
     """Counts the tokens of training forwards, per experts layer and expert, until it is closed.
 
-    Recomputation under gradient checkpointing counts a layer's tokens again, all of them alike, so shares hold and
-    zeros stay zeros.
+    What gradient checkpointing computes again in the backward pass is not counted again.
     """
 
     def __init__(self, model: nn.Module, *, padding: bool) -> None:
@@ -113,6 +112,6 @@ class _ExpertsHook(Observer):
         self._counter, self._layer, self._num_experts, self._position = counter, layer, num_experts, position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training:
+        if module.training and torch._C._current_graph_task_id() == -1:
             chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[self._position]
             self._counter.count(self._layer, self._num_experts, chosen.detach())

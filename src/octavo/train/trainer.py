@@ -16,7 +16,7 @@ import octavo
 from octavo.errors import ConfigError
 from octavo.plan.terms import Optimizer
 from octavo.train.data import Examples, require_embedded
-from octavo.train.even_rows import EvenRows
+from octavo.train.even_rows import EvenRows, even_shape
 from octavo.train.example import IGNORED
 from octavo.train.offload import HiddenStatesOnHost
 from octavo.train.offloaded_optimizer import OffloadsOptimizer
@@ -91,9 +91,9 @@ class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[mi
             octavo.graph_layers(self.model)
             if args.packing and args.max_length and model.config.get_text_config()._attn_implementation == PACKED:
                 rows = args.per_device_train_batch_size
-                most = max(map(len, _column(self.train_dataset, "seq_lengths")))
-                pad = self.data_collator.pad_token_id
-                self.data_collator = EvenRows(self.data_collator, pad, rows * args.max_length, rows * most)
+                packs = list(_column(self.train_dataset, "seq_lengths"))
+                length, examples = even_shape(packs)
+                self.data_collator = EvenRows(self.data_collator, rows * length, rows * examples)
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)
