@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.checkpoints import KINDS, write
-from octavo.plan.terms import MOST_REPLAYED
+from octavo.plan.terms import replays_by_itself
 from octavo.trial.step import Row
 from octavo.trial.suite import run_rows
 
@@ -73,7 +73,7 @@ def main() -> None:
         print(f"{folder}: {size / 1e9:.2f} GB made in {time.monotonic() - began:.0f} s", flush=True)
     base = Row(str(folder), args.model, engine=args.engine, steps=args.steps, compile=not args.no_compile)
     rows = [
-        replace(row, graphs=not args.no_graphs and row.seq <= MOST_REPLAYED and row.experts == "resident")
+        replace(row, graphs=not args.no_graphs and replays_by_itself(row.seq, row.experts))
         for row in rows_of(args.rows, base)[args.skip :]
     ]
     if args.tiny:

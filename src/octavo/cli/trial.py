@@ -48,7 +48,7 @@ def trial(
     let_segments_grow()
     # Imported late: help and a wrong call should not wait for torch.
     from octavo.integrations.transformers import find_checkpoint
-    from octavo.plan.terms import MOST_REPLAYED
+    from octavo.plan.terms import replays_by_itself
     from octavo.trial.step import Row
     from octavo.trial.suite import run_rows
 
@@ -69,7 +69,7 @@ def trial(
             experts="resident" if mode == "bf16" else experts,  # type: ignore[arg-type]
             cap_gb=cap,
             compile=compile_layers,
-            graphs=length <= MOST_REPLAYED and experts == "resident" if graph_layers is None else graph_layers,
+            graphs=replays_by_itself(length, experts) if graph_layers is None else graph_layers,  # type: ignore[arg-type]
             steps=steps,
             profile=profile,
         )

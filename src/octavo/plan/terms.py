@@ -61,13 +61,18 @@ class Request:
 
 
 def replays(request: Request) -> bool:
-    """Whether one GPU replays layers as CUDA graphs. ``auto`` is without dropout.
-
-    Where layers are longer than what the host needs to launch them, that would take memory for nothing.
-    """
+    """Whether one GPU replays layers as CUDA graphs. ``auto`` is without dropout."""
     if not request.checkpointing or request.experts == "host":
         return False
-    return request.batch * request.seq <= MOST_REPLAYED if request.graphs == "auto" else request.graphs
+    return replays_by_itself(request.batch * request.seq) if request.graphs == "auto" else request.graphs
+
+
+def replays_by_itself(tokens: int, experts: Residence = "resident") -> bool:
+    """What ``auto`` does with checkpointed rows of ``tokens``.
+
+    Where layers are longer than what the host needs to launch them, a replay would take memory for nothing.
+    """
+    return experts == "resident" and tokens <= MOST_REPLAYED
 
 
 @dataclass(frozen=True)

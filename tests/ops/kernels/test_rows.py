@@ -1,5 +1,6 @@
 """Passes over rows against float64: skinny products, rounding to E4M3, folding a scale, combine, sums of parts."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,3 +147,15 @@ def test_sum_of_parts(drawn: tuple[list[int], int, int], num_parts: int) -> None
     wide = parts_PM.double().nan_to_num(0)
     assert_sums("sum", out_M, wide.sum(0), wide.abs().sum(0), terms=num_parts)
     assert torch.equal(out_M[rows.live :], torch.zeros(rows.others, device=DEVICE))
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_what_is_not_a_number_stays_so(group: int) -> None:
+    """In its own group; other rows know nothing of it."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(ACTIVATIONS).to(DEVICE)
+    plain = round_rows(x, group)
+    x[3, 20] = float("nan")
+    rounded = round_rows(x, group)
+    assert rounded.codes[3, 20].float().isnan()
+    others = [0, 1, 2, 4]
+    assert torch.equal(rounded.codes[others].float(), plain.codes[others].float())

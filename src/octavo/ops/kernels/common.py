@@ -44,18 +44,26 @@ def expert_rows(offsets_E, e):
     return start, tl.load(offsets_E + e)
 
 
+E4M3_MAX = tl.constexpr(448.0)
+
+
 @triton.jit
 def to_e4m3(x, WIDE: tl.constexpr):
-    """Float32 within ±448 to E4M3, to nearest, ties to even. ``WIDE``: in the interpreter, whose own conversion loses
-    the carry into the exponent, so that it is given values that need no rounding.
+    """Float32 to E4M3 within ±448, to nearest, ties to even; NaN stays NaN, which a clamp by itself does away with on
+    a GPU. ``WIDE``: in the interpreter, whose own conversion loses the carry into the exponent and NaN, so that it is
+    given values that need no rounding.
     """
+    x = tl.clamp(x, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     if WIDE:
+        lost = x != x
         bits = x.to(tl.int32, bitcast=True)
         # three bits of mantissa stay of 23
         bits += 0x7FFFF + ((bits >> 20) & 1)
         normal = (bits & -0x100000).to(tl.float32, bitcast=True)
         # subnormals are multiples of 2^-9: the last bit of a float32 between 2^14 and 2^15
         x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+        code = tl.where(lost, 0.0, x).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return tl.where(lost, 0x7F, code).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return x.to(tl.float8e4nv)
 
 

@@ -17,8 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.engines import RowMaxima
-from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
-from octavo.ops.kernels.rows import E4M3_MAX, Rounded, round_groups
+from octavo.ops.kernels.common import (
+    E4M3_MAX,
+    INTERPRETED,
+    Cut,
+    ceil_div,
+    expert_rows,
+    expert_tiles,
+    padded_rank,
+    to_e4m3,
+)
+from octavo.ops.kernels.rows import Rounded, round_groups
 
 
 @triton.jit
@@ -74,7 +83,7 @@ def both_kernel(
             if PARTS:
                 fold = tl.load(fold_EN + wide * N + n, mask=n < N, other=0.0)
                 value = tile.to(tl.float32) * fold[None, :]
-                row_code = to_e4m3(tl.clamp(value / row_scale[:, None], -E4M3_MAX, E4M3_MAX), WIDE)
+                row_code = to_e4m3(value / row_scale[:, None], WIDE)
                 tl.store(codes + row[:, None] * N + n[None, :], row_code, mask=mask_mn)
             mask_nr = (n < N)[:, None] & (r < R)[None, :]
             b = tl.load(factor + wide * stride_e + n[:, None] * stride_n + r[None, :] * stride_r, mask=mask_nr,

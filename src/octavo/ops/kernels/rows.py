@@ -10,9 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops.kernels.common import INTERPRETED, Cut, ceil_div, expert_rows, expert_tiles, padded_rank, to_e4m3
-
-E4M3_MAX = tl.constexpr(448.0)
+from octavo.ops.kernels.common import (
+    E4M3_MAX,
+    INTERPRETED,
+    Cut,
+    ceil_div,
+    expert_rows,
+    expert_tiles,
+    padded_rank,
+    to_e4m3,
+)
 
 
 @triton.jit
@@ -73,7 +80,7 @@ def rows_kernel(
                 if GROUP < K:
                     # one group per step: BK == GROUP
                     scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
-                    code = to_e4m3(tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX), WIDE)
+                    code = to_e4m3(value / scale[:, None], WIDE)
                     mask = mask_m[:, None] & (k < K)[None, :]
                     tl.store(codes + row.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
                     groups: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -89,7 +96,7 @@ def rows_kernel(
             for k0 in range(0, K, BK):
                 k = k0 + tl.arange(0, BK)
                 _, value = _load(x, source, k, mask_m, scale_EK, e, K, FOLD)
-                code = to_e4m3(tl.clamp(value / scale[:, None], -E4M3_MAX, E4M3_MAX), WIDE)
+                code = to_e4m3(value / scale[:, None], WIDE)
                 mask = mask_m[:, None] & (k < K)[None, :]
                 tl.store(codes + row.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
 
@@ -100,7 +107,7 @@ def round_groups(value, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     grouped = tl.reshape(value, (BM, BK // GROUP, GROUP))
     peak = tl.max(tl.abs(grouped), 2)
     scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
-    code = to_e4m3(tl.clamp(grouped / scale[:, :, None], -E4M3_MAX, E4M3_MAX), WIDE)
+    code = to_e4m3(grouped / scale[:, :, None], WIDE)
     return tl.reshape(code, (BM, BK)), scale
 
 
