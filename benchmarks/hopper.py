@@ -4,8 +4,8 @@
     ncu --set full -k regex:product -s 3 -c 1 python -m benchmarks.hopper --only qwen3.8192.fp8.up --repeats 1
 
 A layer's step is run once with the products written down; then each is launched again with the operands that it had.
-``--only`` takes parts of MODEL.TOKENS.NUMERICS.SITE. ``--tokens 128``: with tiles of that many tokens. The file is
-whole after every product.
+``--only`` takes parts of MODEL.TOKENS.NUMERICS.SITE. ``--tokens 128``: with tiles of that many tokens, where there are
+such. The file is whole after every product.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from benchmarks.shapes import MODELS, TOKENS
 from octavo.bench.layer import LayerCase
 from octavo.bench.timing import launched_ms
 from octavo.ops.engines import Engine
+from octavo.ops.reference import folds_into_rows
 
 SITES = ("up", "down", "down_grad", "up_grad")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -64,13 +65,18 @@ def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: ar
         name = f"{case.shape.name}.{case.tokens}.{numerics}.{site}"
         if only not in name:
             continue
+        given, options = found[number * chunks]
+        rows, weight = given[:2]
+        left = rows.scales is not None and not options["flip"] and not folds_into_rows(weight)
+        banked = options.get("bank") is not None
+        if args.tokens and args.tokens not in hopper.tile_sizes(bank=banked, tokens_left=left):
+            continue
         us = 0.0
         for given, options in found[number * chunks : (number + 1) * chunks]:
             options = with_tokens(options, args.tokens)
             if args.without_maxima and options["gradient"] is not None:
                 options["gradient"] = replace(options["gradient"], fold=None, peaks=None)
             us += 1e3 * launched_ms(partial(hopper.product, *given, **options), args.repeats)
-        given, options = found[number * chunks]
         flops = case.shape.flops(case.tokens) / 4 * (4 / 3 if "up" in site else 2 / 3)
         yield {
             "product": name, "us": round(us, 1), "tflops": round(flops / us / 1e6), "chunks": chunks,

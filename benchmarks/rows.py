@@ -147,12 +147,6 @@ def rounded_too(yb_MR: Tensor, dB: Tensor, rounded: Rounded | None) -> Result:
     return yb_MR, dB, *whole(rounded)
 
 
-ROUNDED = (
-    None, Cut(128, 128, 4, 2), Cut(128, 128, 8, 2), Cut(128, 128, 8, 3), Cut(256, 128, 8, 2), Cut(256, 128, 16, 2),
-    Cut(256, 128, 16, 3),
-)  # fmt: skip
-
-
 def rounded_dz(o: Operands, cut: Cut | None) -> Rounded:
     return round_rows(o.z_MG, 2 * o.model.intermediate, offsets_E=o.offsets_E, fold_EK=o.fold_EG, cut=cut)
 
@@ -220,24 +214,10 @@ PASSES: dict[str, Pass] = {
         lambda o: nbytes(o.z_MG, o.xa_MR, o.xa_MR, o.up_B, o.up_B),
         BOTH,
     ),
-    "dz in groups": Pass(
-        lambda o, cut: whole(round_rows(o.z_MG, GROUP, offsets_E=o.offsets_E, cut=cut)),
-        lambda o: whole(round_rows(o.z_MG, GROUP)),
-        lambda o: nbytes(o.z_MG) * 3 // 2,
-    ),
-    "dz·B, dB and dz in groups, two reads": Pass(
-        lambda o, _: (
-            *lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E)[:2],
-            *whole(round_rows(o.z_MG, GROUP, offsets_E=o.offsets_E)),
-        ),
-        lambda o: (*PASSES["dz·B and dB, two reads"].want(o), *whole(round_rows(o.z_MG, GROUP))),
-        lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
-    ),
-    "dz·B, dB and dz in groups, one read": Pass(
-        lambda o, cut: rounded_too(*lora_backward(o.z_MG, o.up_B, o.xa_MR, o.offsets_E, group=GROUP, cut=cut)),
-        lambda o: PASSES["dz·B, dB and dz in groups, two reads"].want(o),
-        lambda o: PASSES["dz·B and dB, one read"].bytes(o) + nbytes(o.z_MG) // 2,
-        ROUNDED,
+    "h in groups": Pass(
+        lambda o, cut: whole(round_rows(o.h_MI, GROUP, offsets_E=o.offsets_E, cut=cut)),
+        lambda o: whole(round_rows(o.h_MI, GROUP)),
+        lambda o: nbytes(o.h_MI) * 3 // 2,
     ),
     "dz by rows": Pass(
         lambda o, cut: whole(rounded_dz(o, cut)),

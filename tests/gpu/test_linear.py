@@ -79,20 +79,21 @@ def test_rounded_rows(layout: ScaleLayout, transposed: bool) -> None:
     weight = weight_of(layout)
     dense = weight.dequantize()[0].double()
     whole = weight.block[1] >= COLUMNS
-    block = weight.block[0 if transposed else 1]
+    group = FEATURES if transposed else COLUMNS if whole else weight.block[1]
     for rows in ROWS[1:]:
         x = torch.randn(rows, FEATURES if transposed else COLUMNS)
-        codes, values = rounded(x, x.shape[1] if whole else block)
+        codes, values = rounded(x, group)
         folded = whole and transposed
         right = weight.codes[0, 0].double() if folded else dense
         want = values @ (right if transposed else right.T)
         got = rows_by_matrix(codes, on_device(weight), DTYPE, transposed=transposed, folded=folded).cpu()
         assert relative_error(want, got) < (3e-3 if CUDA else 1e-5), rows
-        back = restore(codes, x.shape[1] if whole else block, DTYPE).cpu()
+        back = restore(codes, group, DTYPE).cpu()
         assert relative_error(values, back) < (3e-3 if CUDA else 1e-6), rows
 
 
-WAYS = {"few": (MANY, False), "bank": (0, False)} | ({"scaled_mm": (0, True)} if CUDA else {})
+WAYS = {"few": (MANY, False), "bank": (0, False)}
+WAYS |= {"scaled_mm": (0, True), "hopper": (0, False, True)} if CUDA else {}
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "input gradient"])
@@ -103,11 +104,16 @@ def test_rounded(way: str, layout: ScaleLayout, transposed: bool) -> None:
     if way == "scaled_mm" and architecture_of(DEVICE).scaled_mm.runs != "yes":
         pytest.skip(architecture_of(DEVICE).scaled_mm.why)
     weight = weight_of(layout)
+    if way == "hopper":
+        if architecture_of(DEVICE).name != "sm90":
+            pytest.skip("it is built for Hopper")
+        # of 32, and whole blocks: the last tile of features and of the contraction is not whole
+        weight = weight_of(layout, 3 * BLOCK, 5 * BLOCK) if layout.kind == "block" else weight_of(layout, 224, 288)
     dense = weight.dequantize()[0].double()
     engine = MatrixEngine("scaled", "fp8", False, *WAYS[way])
     function = reference.product_transposed if transposed else reference.product
     for rows in ROWS[1:]:
-        x = torch.randn(rows, FEATURES if transposed else COLUMNS).to(DTYPE)
+        x = torch.randn(rows, weight.out_features if transposed else weight.in_features).to(DTYPE)
         got = product(engine, x, weight, transposed)
         # one row has too few terms for the mean error
         within = ROUNDED * (2 if rows == 1 else 1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -86,11 +87,12 @@ def test_hidden_states_on_the_host_change_nothing_and_free_the_gpu():
         torch.cuda.synchronize()
         return gradient, kept
 
-    want, resident = step(offloaded=False)
-    for _ in range(3):
-        got, left = step(offloaded=True)
-        # A wrong copy, or one that came too late, is far off; the kernels' own order of addition is not.
-        assert (got - want).norm() / want.norm() < 1e-3
+    # the only attention whose gradient is the same from run to run on every card
+    with sdpa_kernel(SDPBackend.MATH):
+        want, resident = step(offloaded=False)
+        for _ in range(3):
+            got, left = step(offloaded=True)
+            assert torch.equal(got, want)
     hidden = 8192 * 1024 * 2
     assert offload.bytes_offloaded >= 24 * hidden
     assert resident - left > 20 * hidden

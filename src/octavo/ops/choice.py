@@ -244,7 +244,8 @@ def _build(name: str, numerics: Numerics, layer: Layer) -> Engine:
 
             straight = {"fused": _UNLIMITED, "dequant": 0}.get(name, _few_rows(layer))
             scaled_mm = architecture_of(layer.device).scaled_mm.runs == "yes"
-            return MatrixEngine(name, numerics, wide=False, few=straight, scaled_mm=scaled_mm)
+            hopper = _hopper_why_not(layer) is None
+            return MatrixEngine(name, numerics, wide=False, few=straight, scaled_mm=scaled_mm, hopper=hopper)
         if _hopper_why_not(layer) is None:
             from octavo.ops.hopper.engine import HopperEngine
 

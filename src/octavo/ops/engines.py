@@ -45,10 +45,10 @@ class ProjectionGrads:
 class RowMaxima:
     """What rounding dz with one scale a row needs to know before it reads dz: ``parts_PM`` float32 [P, M], the largest
     |dz · fold| of each row by parts of its columns, with ``fold_EG`` float32 [E, G], which belongs to the up
-    projection's scales.
+    projection's scales; nothing is folded where these do not lie on rows.
     """
 
-    fold_EG: Tensor
+    fold_EG: Tensor | None
     parts_PM: Tensor
 
 

@@ -266,29 +266,15 @@ class KernelEngine(ProductEngine):
         factor, offsets_E = None if side.lora is None else side.lora.B_ENR, routing.offsets_E
         if factor is None or xa_MR is None:
             return *self._rounded_incoming(dy, side, routing, token_M), None
-        # gathered tokens are rounded once each, not once for every expert
-        group = self._group_with_lora(side, routing) if token_M is None else None
-        if (group or self._way("up_grad", side.weight) != "scaled") and factor.shape[2] <= MOST_RANK:
-            yb_MR, lora_B, rounded = lora_backward(dy, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group)
-            operand = Operand(dy, token_M) if rounded is None else _rounded(rounded, None)
-            return operand, yb_MR, lora_B
+        if self._way("up_grad", side.weight) != "scaled" and factor.shape[2] <= MOST_RANK:
+            yb_MR, lora_B, _ = lora_backward(dy, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M)
+            return Operand(dy, token_M), yb_MR, lora_B
         lora_B = outer(dy, xa_MR, offsets_E, rank_first=False, dtype=factor.dtype, token_M=token_M, p_M=p_M)
         return *self._rounded_incoming(dy, side, routing, token_M), lora_B
 
     @staticmethod
     def _rounds_with_lora(side: Projection, routing: Routing) -> bool:
         return routing.num_rows >= ROUNDED_WITH_LORA * side.weight.num_experts
-
-    def _group_with_lora(self, side: Projection, routing: Routing) -> int | None:
-        """Columns of a scale of the incoming gradient, where LoRA's own pass over it rounds it."""
-        if self._way("up_grad", side.weight) != "scaled" or folds_into_rows(_codes(side)):
-            return None
-        if not self._rounds_with_lora(side, routing):
-            return None
-        from octavo.ops.kernels.lora_backward import MOST_GROUP
-
-        group = _codes(side).block[0]
-        return group if group <= MOST_GROUP and not group & (group - 1) else None
 
     def _rounded_incoming(
         self, dy: Tensor, side: Projection, routing: Routing, token_M: Tensor | None
@@ -303,13 +289,14 @@ class KernelEngine(ProductEngine):
                 yb_MR, _ = pass_rows(dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1)
             return Operand(dy, token_M), yb_MR
         weight = _codes(side)
+        group = weight.out_features
         if folds_into_rows(weight):
             yb_MR, rounded = pass_rows(
                 dy, offsets_E=routing.offsets_E, token_M=token_M, factor=factor, contract=1,
-                fold_EK=scale_of_features(weight), group=weight.out_features,
+                fold_EK=scale_of_features(weight), group=group,
             )  # fmt: skip
             return _rounded(rounded, None), yb_MR
-        group = weight.block[0]
+        # nothing is folded: gathered tokens are rounded once each, not once for every expert
         if token_M is None or factor is None:
             yb_MR, rounded = pass_rows(dy, offsets_E=routing.offsets_E, factor=factor, contract=1, group=group)
             return _rounded(rounded, token_M), yb_MR

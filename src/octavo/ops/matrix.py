@@ -1,11 +1,12 @@
-"""Linear layers on kernels: ``x · Wᵀ`` and ``x · W`` for FP8 ``W`` [N, K], three ways.
+"""Linear layers on kernels: ``x · Wᵀ`` and ``x · W`` for FP8 ``W`` [N, K], four ways.
 
 ``few``     the codes are read straight into the product (W8A16, or rounded rows): fewest bytes, for few rows.
 ``bank``    one pass dequantizes the matrix into a temporary of the activations' dtype, then torch multiplies.
+``hopper``  the grouped product of :mod:`octavo.ops.hopper` with one expert, for E4M3 rows.
 ``scaled``  torch's rowwise FP8 product, for scales that cover whole rows; the input gradient on transposed codes.
 
-Rounded numerics over blocks have no FP8 product in torch: past few rows their rounded operands are multiplied in
-bfloat16, which is the numerics asked for at the speed of bfloat16.
+Where neither of the last two runs, rounded operands are multiplied in bfloat16 past few rows, which is the numerics
+asked for at the speed of bfloat16.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class MatrixEngine(ProductEngine):
     """``linear`` as the module's docstring says; the other stages belong to experts.
 
     ``few``: up to how many rows codes are read straight into the product. ``scaled_mm``: whether torch's rowwise FP8
-    product runs here.
+    product runs here, ``hopper`` whether the products for Hopper take the weight.
     """
 
     few: int
     scaled_mm: bool
+    hopper: bool = False
 
     def linear(self, x_MK: Tensor, weight: Float8Weight, *, transposed: bool) -> Tensor:
         from octavo.ops.kernels import few
@@ -56,18 +58,19 @@ class MatrixEngine(ProductEngine):
         if folded:
             _, rounded = pass_rows(x_MK, fold_EK=_per_row(weight), group=weight.out_features)
         else:
-            along = (weight.block[0], weight.out_features) if transposed else (weight.block[1], weight.in_features)
-            _, rounded = pass_rows(x_MK, group=min(along))
+            group = weight.out_features if transposed else min(weight.block[1], weight.in_features)
+            _, rounded = pass_rows(x_MK, group=group)
         assert rounded is not None
         if straight:
             return few.rows_by_matrix(rounded, weight, dtype, transposed=transposed, folded=folded)
+        if self.hopper and not folds:
+            return _grouped(rounded, weight, transposed=transposed)
         if folds and self.scaled_mm:
             return _scaled_mm(rounded, weight, dtype, transposed=transposed)
         if folded:
             # E4M3 codes are exact in bfloat16: the row's scale comes after the product
             y_MN = rounded.codes.to(dtype) @ weight.codes.view(torch.float8_e4m3fn)[0, 0].to(dtype)
             return (y_MN.float() * rounded.scales).to(dtype)
-        group = -(-x_MK.shape[1] // rounded.scales.shape[1]) if folds else min(along)
         return _multiply(few.restore(rounded, group, dtype), _bank(weight, dtype), transposed=transposed)
 
 
@@ -94,6 +97,20 @@ def _per_row(weight: Float8Weight) -> Tensor:
     """The scale of each output feature, float32 [1, N], of a weight whose scales cover whole rows."""
     grid = weight.scales[0, :, :, 0]
     return grid.repeat_interleave(weight.block[0], 1)[:, : weight.rows].contiguous()
+
+
+def _grouped(rounded: Rounded, weight: Float8Weight, *, transposed: bool) -> Tensor:
+    from octavo.ops.hopper.engine import tile_sizes, tokens_of_tile
+    from octavo.ops.hopper.product import Rows, product
+
+    num_rows, device = rounded.codes.shape[0], rounded.codes.device
+    width = weight.in_features if transposed else weight.out_features
+    out = torch.empty((num_rows, width), dtype=torch.bfloat16, device=device)
+    offsets_E = torch.full((1,), num_rows, dtype=torch.int32, device=device)
+    tokens = tokens_of_tile(num_rows, tile_sizes(tokens_left=not transposed and not folds_into_rows(weight)))
+    rows = Rows(rounded.codes, None, rounded.scales)
+    product(rows, weight, offsets_E, out, flip=transposed, tokens=tokens)
+    return out
 
 
 def _scaled_mm(rounded: Rounded, weight: Float8Weight, dtype: torch.dtype, *, transposed: bool) -> Tensor:

@@ -8,11 +8,11 @@ Numerics, per product with weight ``W = codes × scales``:
 ``exact``
     ``y = x · Wᵀ`` and ``dx = dy · W``, operands as they are, accumulated wide.
 ``fp8_grad``
-    as exact in forward. In the input gradient ``dy`` is rounded to E4M3: with a scale per channel or tensor the scale
-    lies on the contraction axis, so it is folded into ``dy`` first; with blocks each group of ``block[0]`` columns of
-    ``dy`` is rounded with a scale of its own, as a product that promotes per slab needs.
+    as exact in forward. In the input gradient ``dy`` is rounded to E4M3 with a scale per row: a weight's scale per
+    channel or tensor, which lies on the contraction axis, is folded into ``dy`` first.
 ``fp8``
-    as fp8_grad, and in forward ``x`` is rounded to E4M3 per token (per group of ``block[1]`` columns for blocks).
+    as fp8_grad, and in forward ``x`` is rounded to E4M3 per token (for blocks per group of ``block[1]`` columns, as
+    servers of such checkpoints do).
 """
 
 from typing import Literal
@@ -63,9 +63,7 @@ def product_transposed(dy_MN: Tensor, weight: Weight, expert: int, numerics: Num
         scales_N = weight.scales[expert, :, :, 0].repeat_interleave(weight.block[0], 1)[:, : weight.rows].reshape(-1)
         folded = round_to_e4m3(dy_MN * scales_N.to(dy_MN.dtype), weight.out_features)
         return folded @ weight.codes[expert].view(torch.float8_e4m3fn).reshape(-1, weight.in_features).to(dy_MN.dtype)
-    parts = dy_MN.view(dy_MN.shape[0], weight.parts, weight.rows)
-    rounded = torch.stack([round_to_e4m3(parts[:, p], weight.block[0]) for p in range(weight.parts)], 1)
-    return rounded.reshape(dy_MN.shape) @ weight.dequantize(dy_MN.dtype, one)[0]
+    return round_to_e4m3(dy_MN, weight.out_features) @ weight.dequantize(dy_MN.dtype, one)[0]
 
 
 def folds_into_rows(weight: Float8Weight) -> bool:

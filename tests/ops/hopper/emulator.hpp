@@ -128,11 +128,11 @@ static u32 lds32(u32 a) { return load_shared<u32>(a); }
 static void lds64(u32 a, u32& x, u32& y) { u64 v = load_shared<u64>(a); x = (u32)v, y = (u32)(v >> 32); }
 static u64 lds_address(u32 a) { return load_shared<u64>(a); }
 static float ldsf(u32 a) { return load_shared<float>(a); }
-static void lds_float2(u32 a, float& x, float& y) { shared_at(a, 8); x = ldsf(a), y = ldsf(a + 4); }
 static void lds_float4(u32 a, float (&x)[4]) {
     shared_at(a, 16);
     for (int i = 0; i < 4; ++i) x[i] = ldsf(a + 4 * i);
 }
+static void lds_float2(u32 a, float& x, float& y) { shared_at(a, 8); x = ldsf(a), y = ldsf(a + 4); }
 static void sts32(u32 a, u32 v) { store_shared(a, v); }
 static void sts16(u32 a, u16 v) { store_shared(a, v); }
 static void stsf(u32 a, float v) { store_shared(a, v); }
@@ -145,6 +145,11 @@ static void copy16(u32 to, const void* from, bool valid) {
 static void copy4(u32 to, const void* from) { memcpy(shared_at(to, 4), from, 4); }
 static void store_if(u16* to, u32 value, bool live) {
     if (live) memcpy(to, &value, 4);
+}
+static void store2_if(u16* to, u32 x, u32 y, bool live) {
+    if (!live) return;
+    if ((u64)to % 8) fail("a pair is stored at an address that is not aligned", (u64)to);
+    memcpy(to, &x, 4), memcpy(to + 2, &y, 4);
 }
 static void store2(float* to, float x, float y) {
     if ((u64)to % 8) fail("a pair is stored at an address that is not aligned", (u64)to);
@@ -305,7 +310,7 @@ static float e4m3(u8 code) {
 
 // ---------------------------------------------------------------- multiplications
 
-// 64 features by BN tokens; what each of a warpgroup's threads gave
+// 64 rows by COLUMNS; what each of a warpgroup's threads gave
 struct Multiplication {
     bool narrow, turned, registers;
     int posted = 0, keep;
@@ -338,13 +343,13 @@ struct Multiplication {
             for (int row = 0; row < 64; ++row)
                 for (int k = 0; k < deep; ++k)
                     a[row][k] = turned ? number(left, k, row) : number(left, row, k);
-        for (int n = 0; n < BN; ++n)
+        for (int n = 0; n < COLUMNS; ++n)
             for (int k = 0; k < deep; ++k) b[k][n] = number(right, n, k);
         for (int row = 0; row < 64; ++row) {
             float sum[256] = {};
             for (int k = 0; k < deep; ++k)
-                for (int n = 0; n < BN; ++n) sum[n] += a[row][k] * b[k][n];
-            for (int n = 0; n < BN; ++n) {
+                for (int n = 0; n < COLUMNS; ++n) sum[n] += a[row][k] * b[k][n];
+            for (int n = 0; n < COLUMNS; ++n) {
                 float* to = sums[row / 16 * 32 + row % 8 * 4 + n % 8 / 2] + n / 8 * 4 + row % 16 / 8 * 2 + n % 2;
                 *to = (keep ? *to : 0.f) + sum[n];
             }
@@ -389,7 +394,7 @@ template <int LEFT> void mma_wait() {
     }
 }
 struct MMA {
-    typedef float Sums[BN / 2];
+    typedef float Sums[COLUMNS / 2];
     static void wide(Sums& d, u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int keep) {
         u32 words[4] = {a0, a1, a2, a3};
         post(false, false, true, d, words, 0, b, keep);

@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import Float8Weight, quantize
 from octavo.ops.hopper.compiler import Mode
+from octavo.ops.hopper.engine import tile_sizes
 from octavo.ops.hopper.product import RANKS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
 
 GUARD = 7
@@ -75,8 +76,8 @@ class Case:
             if self.flip:
                 return Rows(values, self.token_M), values.double()
             return Rows(interleaved(values) * 2.0**ROWS_UP, self.token_M), values.double()
-        whole = self.weight.block[1] >= self.weight.in_features
-        group = self.contraction if whole else self.weight.block[0 if self.flip else 1]
+        whole = self.flip or self.weight.block[1] >= self.weight.in_features
+        group = self.contraction if whole else self.weight.block[1]
         grouped = values.float().unflatten(1, (-1, group))
         scales = grouped.abs().amax(-1) / 448
         codes = (grouped / scales[..., None]).to(torch.float8_e4m3fn)
@@ -186,6 +187,53 @@ def test_slabs_of_wide_blocks(launched: list[Mode], block: tuple[int, int], flip
     close(out, case.expected(), ROUNDED)
 
 
+@pytest.mark.parametrize("way", ["forward", "input gradient", "SwiGLU", "gate's gradient"])
+@pytest.mark.parametrize("rounded", [False, True], ids=["bfloat16", "e4m3"])
+@pytest.mark.parametrize("layout", [CHANNEL, BLOCK], ids=["channel", "block"])
+def test_the_largest_tiles(launched: list[Mode], layout: ScaleLayout, rounded: bool, way: str) -> None:
+    """For which the fewest slots and registers are left, with more rows of an expert than one takes."""
+    flip = way.endswith("gradient")
+    tokens = max(tile_sizes(tokens_left=rounded and not flip and layout.kind == "block"))
+    rows, width = (128, 384) if layout.kind == "block" else (160, 288)
+    case = Case(
+        (tokens + 33, 0, 40), rows, width, layout, flip=flip, parts=2 if way == "SwiGLU" else 1, rounded=rounded
+    )
+    out = case.empty(case.features * (2 if way == "gate's gradient" else 1))
+    gradient = h = None
+    if way == "SwiGLU":
+        h = case.empty(rows)
+    if way == "gate's gradient":
+        z = torch.ones(case.num_rows, 2 * case.features).bfloat16()
+        gradient = GateGradient(z, torch.ones(case.num_rows), torch.empty(2 * -(-case.features // 256), case.num_rows))
+    product(
+        case.operand, case.weight, case.offsets_E, out, flip=flip, lora=case.lora, h=h, gradient=gradient, tokens=tokens
+    )
+    assert launched[-1].tokens == tokens
+    want = case.expected()
+    if h is not None:
+        gates, ups = out[: case.live].double().chunk(2, -1)
+        close(h if rounded else plain(h) * 2.0**-ROWS_UP, F.silu(gates) * ups, ROUNDED)
+    if gradient is not None:
+        # at gate = up = 1: silu's derivative, and silu
+        silu = torch.tensor(1.0).sigmoid().double()
+        want = torch.cat([want * (silu + silu * (1 - silu)), want * silu], 1)
+    close(out, want, TABLE_ROUNDED)
+
+
+def test_slabs_whose_scales_are_far_apart(launched: list[Mode]) -> None:
+    """Sums go from one slab's unit to the next one's, by up to 2^-40 down and as far up as float32 goes."""
+    for flip, tokens in ((False, 128), (True, 128), (True, 160)):
+        case = Case((70,), 640, 640, BLOCK, flip=flip, rounded=True, rank=0)
+        scales = case.weight.scales.clone()
+        # from one slab to the next: much smaller, larger again, and one that is as nothing
+        steps = torch.tensor([1.0, 1e-9, 1.0, 1e-25, 1e-3])
+        scales *= steps[:, None] if flip else steps
+        case.weight = Float8Weight(case.weight.codes, scales, case.weight.block)
+        out = case.empty(case.features)
+        product(case.operand, case.weight, case.offsets_E, out, flip=flip, tokens=tokens)
+        close(out, case.expected(), ROUNDED)
+
+
 def test_parts_that_meet_in_a_tile_are_refused(launched: list[Mode]) -> None:
     case = Case(RAGGED, 96, 320, BLOCK, parts=2)
     with pytest.raises(AssertionError):
@@ -263,8 +311,10 @@ def test_gate_gradient(
     shares = torch.full((2 * -(-width // 256), case.num_rows), float("nan"))
     dz = z.clone() if spends else case.empty(2 * width)
     gradient = GateGradient(dz if spends else z, p_M, shares)
-    if rounded and layout is CHANNEL:
-        fold_EG = torch.rand(len(RAGGED), 2 * width).mul(3).exp()
+    fold_EG = None
+    if rounded:
+        if layout is CHANNEL:
+            fold_EG = torch.rand(len(RAGGED), 2 * width).mul(3).exp()
         gradient = replace(gradient, fold=fold_EG, peaks=torch.full_like(shares, float("nan")))
     bank = bank_of(case) if banked else None
     product(
@@ -284,7 +334,8 @@ def test_gate_gradient(
     assert launched[-1].peaks == (gradient.peaks is not None)
     if gradient.peaks is not None:
         # of what was stored
-        want_M = (dz[: case.live].float() * fold_EG[case.expert_M]).abs().amax(-1)
+        fold = 1 if fold_EG is None else fold_EG[case.expert_M]
+        want_M = (dz[: case.live].float() * fold).abs().amax(-1)
         assert torch.equal(gradient.peaks[:, : case.live].amax(0), want_M)
         assert gradient.peaks[:, case.live :].isnan().all()
 
@@ -303,8 +354,9 @@ def test_gate_gradient_sums_the_gradient_of_A(
     tiles = [-(-count // tokens) for count in RAGGED]
     sums = torch.full((sum(tiles), width, RANKS), float("nan"))
     gradient = GateGradient(z, p_M, shares, sums)
-    if rounded and layout is CHANNEL:
-        gradient = replace(gradient, fold=torch.rand(len(RAGGED), 2 * width), peaks=torch.empty_like(shares))
+    if rounded:
+        fold_EG = torch.rand(len(RAGGED), 2 * width) if layout is CHANNEL else None
+        gradient = replace(gradient, fold=fold_EG, peaks=torch.empty_like(shares))
     dz = case.empty(2 * width)
     product(case.operand, case.weight, case.offsets_E, dz, flip=True, lora=case.lora, gradient=gradient, tokens=tokens)
     assert launched[-1].outer

@@ -21,6 +21,9 @@ ARCHITECTURE = "sm_90a"
 SHARED_BYTES = 232448
 """Shared memory that a block may have on Hopper."""
 
+EVERY_LANE = False
+"""Set before the first product, in a process that a tool watches for races; see `product.cu`. Slower."""
+
 STORE, SWIGLU, GRADIENT = 0, 1, 2
 NONE, COLUMN, TABLE, SLAB = 0, 1, 2, 3
 
@@ -44,6 +47,11 @@ class Mode:
         """Of a producer's and of a consumer's thread."""
         return (40, 232) if self.scale == SLAB or self.tokens * self.products > 256 else (56, 224)
 
+    @property
+    def columns(self) -> int:
+        """Of a multiplication; see `product.cu`."""
+        return 128 if self.scale == SLAB and not self.flip else self.tokens
+
 
 def missing() -> str | None:
     """Why kernels cannot be compiled in this environment, or ``None``."""
@@ -54,9 +62,9 @@ def missing() -> str | None:
     return None if found else "the package cuda-bindings, which comes with torch's CUDA builds, is not installed"
 
 
-def _wgmma(tokens: int) -> str:
-    """The inline assembly of wgmma for ``tokens`` columns, as the struct ``MMA``."""
-    count = tokens // 2
+def _wgmma(columns: int) -> str:
+    """The inline assembly of wgmma, as the struct ``MMA``."""
+    count = columns // 2
     sums = "{" + ", ".join(f"%{i}" for i in range(count)) + "}"
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
 
@@ -68,7 +76,7 @@ def _wgmma(tokens: int) -> str:
             f"static __device__ __forceinline__ void {name}(float (&d)[{count}], "
             + ", ".join(f"{'u64' if one else 'u32'} {n}" for n in names) + ", u64 b, int keep) {",
             f'asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + left + 1}, 0;\\n'
-            f'wgmma.mma_async.sync.aligned.m64n{tokens}{kind} {sums}, {operand}, %{count + left}, p, {ends};\\n}}"',
+            f'wgmma.mma_async.sync.aligned.m64n{columns}{kind} {sums}, {operand}, %{count + left}, p, {ends};\\n}}"',
             f": {outputs} : " + ", ".join(f'"{"l" if one else "r"}"({n})' for n in names) + ', "l"(b), "r"(keep));',
             "}",
         )  # fmt: skip
@@ -94,7 +102,7 @@ def _template() -> str:
 def source(mode: Mode) -> str:
     """The kernel's CUDA C++ for ``mode``; macros come as compiler options."""
     producer, consumer = mode.registers
-    text = _template().replace("@WGMMA@", _wgmma(mode.tokens))
+    text = _template().replace("@WGMMA@", _wgmma(mode.columns))
     return text.replace("@PRODUCER_REGISTERS@", str(producer)).replace("@CONSUMER_REGISTERS@", str(consumer))
 
 
@@ -109,6 +117,8 @@ def macros(mode: Mode) -> list[str]:
         "SCALE": mode.scale,
         "STAGE": mode.stage,
         "BN": mode.tokens,
+        "COLUMNS": mode.columns,
+        "EVERY_LANE": EVERY_LANE,
         "MT": mode.products,
     }
     return [f"-D{name}={int(value)}" for name, value in values.items()]

@@ -124,19 +124,23 @@ class HopperEngine(KernelEngine):
     def maxima(
         self, dy_TH: Tensor, routing: Routing, up: Projection, down: Projection, gate: Gate, wants: Wants
     ) -> RowMaxima | None:
-        """See :class:`octavo.ops.engines.Engine`: for two projections of which one scale serves a row."""
+        """See :class:`octavo.ops.engines.Engine`."""
         if not (isinstance(gate, SwiGlu) and self._takes(dy_TH, up) and self._takes(dy_TH, down)):
             return None
         if not self._rounds_with_lora(up, routing):
             return None
-        if not all(self._rounds("down_grad", side) and folds_into_rows(_codes(side)) for side in (up, down)):
+        if not all(self._rounds("down_grad", side) for side in (up, down)):
+            return None
+        # what is folded is read by a product whose own weight has scales on rows
+        folds = folds_into_rows(_codes(up))
+        if folds != folds_into_rows(_codes(down)):
             return None
         from octavo.ops.kernels.lora_backward import MOST_RANK
 
         if up.lora is None or not wants.lora or up.lora.B_ENR.shape[2] > MOST_RANK:
             return None
         shape = (_parts(_codes(down)), routing.num_rows)
-        fold_EG = scale_of_features(_codes(up)).contiguous()
+        fold_EG = scale_of_features(_codes(up)).contiguous() if folds else None
         return RowMaxima(fold_EG, dy_TH.new_empty(shape, dtype=torch.float32))
 
     def down_backward(
@@ -247,12 +251,10 @@ class HopperEngine(KernelEngine):
             factor = side.lora.B_ENR
             if wants.lora and factor.shape[2] <= MOST_RANK:
                 assert xa_MR is not None
-                # gathered tokens are rounded once each, not once for every expert
-                group = self._group_with_lora(side, routing) if token_M is None else None
                 # those in ``wants`` are of dz
                 maxima = wants.maxima if token_M is None else None
                 yb_MR, lora_B, rounded = lora_backward(
-                    d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, group=group, maxima=maxima
+                    d, factor, xa_MR, offsets_E, token_M=token_M, p_M=p_M, maxima=maxima
                 )
             else:
                 yb_MR, _ = pass_rows(d, offsets_E=offsets_E, token_M=token_M, factor=factor, contract=1)
@@ -262,15 +264,14 @@ class HopperEngine(KernelEngine):
                     lora_B = outer(d, xa_MR, offsets_E, rank_first=False, dtype=dtype, token_M=token_M, p_M=p_M)
         if not rounds:
             return Rows(d, token_M), yb_MR, lora_B
-        if folds and rounded is not None:
+        if rounded is not None:
             return Rows(rounded.codes, None, rounded.scales), yb_MR, lora_B
         if folds:
             fold_EN = scale_of_features(weight)
             rounded = round_rows(d, weight.out_features, offsets_E=offsets_E, token_M=token_M, fold_EK=fold_EN)
             return Rows(rounded.codes, None, rounded.scales), yb_MR, lora_B
-        if rounded is None:
-            # tokens once, rows of the up product as they are
-            rounded = round_rows(d, weight.block[0], offsets_E=None if token_M is not None else offsets_E)
+        # gathered tokens are rounded once each, not once for every expert; rows of the up product as they are
+        rounded = round_rows(d, weight.out_features, offsets_E=None if token_M is not None else offsets_E)
         return Rows(rounded.codes, token_M, rounded.scales), yb_MR, lora_B
 
     def _grouped(
@@ -300,9 +301,11 @@ class HopperEngine(KernelEngine):
 
     def _tokens(self, site: Site, rows: Rows, weight: Float8Weight, routing: Routing) -> int:
         """Of a tile."""
-        slabs = rows.scales is not None and not folds_into_rows(weight)
-        most = MOST_TOKENS["bank" if self._way(site, weight) == "bank" else "slabs" if slabs else "codes"]
-        return tokens_of_tile(routing.num_rows / weight.num_experts, most)
+        sizes = tile_sizes(
+            bank=self._way(site, weight) == "bank",
+            tokens_left=rows.scales is not None and not site.endswith("grad") and not folds_into_rows(weight),
+        )
+        return tokens_of_tile(routing.num_rows / weight.num_experts, sizes)
 
     @staticmethod
     def _banks(weight: Float8Weight, routing: Routing, like: Tensor) -> Iterator[Bank]:
@@ -319,14 +322,21 @@ class HopperEngine(KernelEngine):
             yield Bank(chunk, first)
 
 
-MOST_TOKENS = {"bank": 192, "codes": 160, "slabs": 128}
-"""Of a tile: registers hold its sums."""
 # How much longer a tile takes than its tokens say, against one of 128. Measured on an H200 with 128 to 2048 rows per
 # expert, see docs/log.md.
 _PRICE = {192: 1.0, 160: 1.08, 128: 1.0, 64: 1.3}
 
 
-def tokens_of_tile(rows: float, most: int) -> int:
+def tile_sizes(*, bank: bool = False, tokens_left: bool = False) -> tuple[int, ...]:
+    """Of which tokens there are tiles: registers hold the sums, and beside them words of the weight. ``tokens_left``:
+    of E4M3 rows against blocks, not flipped, which come by 64.
+    """
+    if bank:
+        return (192, 160, 128, 64)
+    return (192, 128, 64) if tokens_left else (160, 128, 64)
+
+
+def tokens_of_tile(rows: float, sizes: tuple[int, ...]) -> int:
     """The cheapest tile for experts of ``rows`` rows, give or take what random routing gives."""
     spread = math.sqrt(rows)
 
@@ -334,7 +344,7 @@ def tokens_of_tile(rows: float, most: int) -> int:
         padded = (-(-max(1.0, rows + by) // tokens) * tokens for by in (-spread, -0.5, 0.5, spread))
         return _PRICE[tokens] * sum(padded)
 
-    return min((tokens for tokens in _PRICE if tokens <= most), key=price)
+    return min(sizes, key=price)
 
 
 # by (bfloat16 rows, flip)
@@ -351,16 +361,16 @@ def modes() -> Iterator[Mode]:
     for (wide, flip), scales in _SCALES.items():
         for stage in (STORE, GRADIENT if flip else SWIGLU):
             for scale in scales:
-                most = MOST_TOKENS["slabs" if scale == SLAB else "codes"]
                 yield from (
                     Mode(wide, flip, scale, stage, tokens, _PRODUCTS, outer=outer, peaks=peaks)
-                    for tokens in _PRICE
-                    if tokens <= most
+                    for tokens in tile_sizes(tokens_left=scale == SLAB and not flip)
                     for outer in {False, stage == GRADIENT}
-                    for peaks in {False, stage == GRADIENT and scale == NONE}
+                    for peaks in {False, stage == GRADIENT and not wide}
                 )
             if wide:
-                yield from (Mode(wide, flip, NONE, stage, tokens, _PRODUCTS, bank=True) for tokens in _PRICE)
+                yield from (
+                    Mode(wide, flip, NONE, stage, tokens, _PRODUCTS, bank=True) for tokens in tile_sizes(bank=True)
+                )
 
 
 def _codes(side: Projection) -> Float8Weight:

@@ -120,6 +120,10 @@ __device__ __forceinline__ void store_if(u16* to, u32 value, bool live) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}"
                  ::"l"(to), "r"(value), "r"((int)live) : "memory");
 }
+__device__ __forceinline__ void store2_if(u16* to, u32 x, u32 y, bool live) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}"
+                 ::"l"(to), "r"(x), "r"(y), "r"((int)live) : "memory");
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -144,6 +148,6 @@ __device__ __forceinline__ void consumer_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 @CONSUMER_REGISTERS@;");
 }
 
-// wgmma, 64 features by BN tokens, as MMA::NAME(sums, left operand, descriptor of the right one, keep): `wide`, `wide_ss`
-// and `wide_ss_turned` of bfloat16, `narrow_rs` and `narrow_ss` of E4M3; generated for BN.
+// wgmma, 64 rows by COLUMNS, as MMA::NAME(sums, left operand, descriptor of the right one, keep): `wide`, `wide_ss`
+// and `wide_ss_turned` of bfloat16, `narrow_rs` and `narrow_ss` of E4M3; generated for COLUMNS.
 @WGMMA@

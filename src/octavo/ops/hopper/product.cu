@@ -3,7 +3,7 @@
 //     out[row, f] = sum_c  act[source(row), c] * W_e(row)[f, c]        f: features, c: contraction
 //
 // The weight is the left operand of wgmma (features are its 64 rows), so that a tile takes BN tokens, any multiple
-// of 32, and a weight tile is read and widened once for all of them. A thread block is one producer warpgroup
+// of 32, and a weight tile is read and widened once for all of them; with TOKENS_LEFT tokens are. A thread block is one producer warpgroup
 // (the weight by TMA, rows gathered by cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
 //
 // Compile-time modes (macros):
@@ -14,24 +14,28 @@
 //             tile is turned in registers.
 //   SCALE  how the weight's scales are applied: see below.
 //   BN     tokens of a tile, a multiple of 32.
+//   COLUMNS of a multiplication: BN, or 128 features with TOKENS_LEFT.
 //   MT     64-feature products per consumer: 2, or 1 with up to 256 tokens, where a weight is widened half as often.
 //   STAGE  STORE: out [M, F].  SWIGLU: z = [gate, up] [M, 2F] and h [M, F].  GRADIENT: dz [M, 2F] from z and the
 //             product dh, and each row's share of <dh, h>.
 //   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
 //             of x·A, summed over its tokens. h is in registers here, and in memory nowhere.
+//   EVERY_LANE 1: all lanes of a warp say that a slot is free, not one for all: tools that look for races follow lanes.
 //   PEAKS  1: with GRADIENT, also each row's largest |dz * fold|, by parts as the shares: dz is rounded with one scale a
 //             row, and would be read once more to find it.
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
-// product has gates and the second ups; with MT = 1, row g has gates and row g + 8 ups of one feature.
+// product has gates and the second ups; with MT = 1, row g has gates and row g + 8 ups of one feature. With TOKENS_LEFT
+// it owns tokens g and g + 8 of each 16 and features 4q .. 4q + 3 of each 16.
 
 // `instructions.cuh` comes before.
 
 enum { STORE = 0, SWIGLU = 1, GRADIENT = 2 };
 // NONE: folded into the activations, or one. COLUMN: one scale per feature, after the sum. TABLE: a factor per
 // contraction index (FLIP) or per slab, rounded with the weight to bfloat16 (two terms, so the weight is rounded once).
-// SLAB: E4M3 by E4M3 with a scale per 128 of the contraction on both sides, promoted in float32.
+// SLAB: E4M3 by E4M3 with a scale per 128 of the contraction: of the weight, and without FLIP of the
+// activations too (with FLIP these have one scale a row).
 enum { NONE = 0, COLUMN = 1, TABLE = 2, SLAB = 3 };
 
 constexpr int BF = MT * 128;          // features of a tile, both consumers (SWIGLU: half of them gates)
@@ -43,16 +47,20 @@ constexpr int TABLE_BYTES = 1024;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + TABLE_BYTES;
 constexpr int MAX_EXPERTS = 1024;
 constexpr int SHARED_BYTES = 232448;  // what a block may have
-// SLAB: each consumer's products of a token's and the weight's scale, of two steps (SWIGLU: of gates and of ups)
-constexpr int FACTORS = SCALE == SLAB ? (STAGE == SWIGLU ? 2 : 1) * BN : 0;
-constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2) +
-                            4 * FACTORS * 4 + 16;
+constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2);
 constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
 constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
 constexpr bool DUAL = STAGE == SWIGLU;
+// Whether tokens are wgmma's rows, so that a thread's sums are of two tokens: a factor for each token and slab is two
+// reads of shared memory then, and would be as many as the tensor cores' own where tokens are columns.
+constexpr bool TOKENS_LEFT = SCALE == SLAB && !FLIP;
+constexpr int TILES = TOKENS_LEFT ? BN / 64 : MT;   // multiplications side by side of a consumer
+constexpr int SUMS = COLUMNS / 2;                   // of each, in a thread
+static_assert(COLUMNS == (TOKENS_LEFT ? 128 : BN) && (!TOKENS_LEFT || (MT == 2 && BN % 64 == 0)), "");
 constexpr int TILE_F = DUAL ? BF / 2 : BF;
 constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
 constexpr bool DRAINS = !WIDE && (FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
+constexpr bool ADDS = SCALE == SLAB && FLIP && BN <= 128;   // whether a slab's sums are added outside of the tensor core
 constexpr bool EARLY = FLIP || SCALE != TABLE;   // WIDE: whether a step's first words come before the last one has ended
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
@@ -74,7 +82,7 @@ struct __align__(64) Params {
     const void* p;
     float* shares;
     float* sums;           // OUTER: [token tiles, F, 16]
-    const float* fold;     // PEAKS: [E, 2F]
+    const float* fold;     // PEAKS: [E, 2F]; with SLAB nothing is folded
     float* peaks;          // PEAKS: as shares
     long long num_rows;
     int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
@@ -235,19 +243,19 @@ __device__ __forceinline__ const float* slab_scale_at(const Params& p, const Til
     return weight_scale_at(p, t.expert, t.feature0 + i * (DUAL ? p.F : 64 * MT), step * BC);
 }
 
-constexpr int SLAB_WEIGHTS = 512;   // where a slab's table has the weight's two scales, after a scale for each token
+constexpr int SLAB_WEIGHTS = 1008;   // where a step's table has a slab's two scales of the weight, after those of tokens
 
-// A slab's scales come like its rows, by copies that nobody waits for here: read through registers, their latency would
-// be a step's.
-__device__ __forceinline__ void load_slab_scales(
-    const Params& p, const Tile& t, int step, u32 to, int thread, const int* source
+// Scales of E4M3 activations and of slabs come like the rows, by copies that nobody waits for here: read through
+// registers, their latency would be a step's. One scale a row comes with the last step.
+__device__ __forceinline__ void load_scales(
+    const Params& p, const Tile& t, int step, bool last, u32 to, int thread, const int* source
 ) {
-    if (thread < BN) {
-        int group = divide(step * BC, FLIP ? p.sb_n : p.sb_k, FLIP ? p.sb_n_magic : p.sb_k_magic);
-        group = min(group, p.act_groups - 1);
-        copy4(to + thread * 4, p.act_scale + (long long)source[thread] * p.act_groups + group);
+    if (TOKENS_LEFT || last) {
+        int group = TOKENS_LEFT ? min(divide(step * BC, p.sb_k, p.sb_k_magic), p.act_groups - 1) : 0;
+        for (int r = thread; r < BN; r += 128)
+            copy4(to + r * 4, p.act_scale + (long long)source[r] * p.act_groups + group);
     }
-    if (thread < 2) copy4(to + SLAB_WEIGHTS + thread * 4, slab_scale_at(p, t, step, thread));
+    if (SCALE == SLAB && thread < 2) copy4(to + SLAB_WEIGHTS + thread * 4, slab_scale_at(p, t, step, thread));
 }
 
 // what the scales of a step need, fetched a step ahead
@@ -257,18 +265,13 @@ struct Table {
 #pragma unroll
         for (int i = 0; i < 2; ++i) weight[i] = __ldg(slab_scale_at(p, t, step, i));
     }
-    __device__ __forceinline__ void fetch(const Params& p, const Tile& t, int step, int thread, const int* source) {
+    __device__ __forceinline__ void fetch(const Params& p, const Tile& t, int step, int thread) {
         if (WIDE && SCALE == TABLE) {
             if (FLIP) {
                 int row = min(step * BC + (thread & (BC - 1)), p.C - 1);
                 ahead[0] = weight_scale(p, t.expert, row, t.feature0);
                 if (MT == 2) ahead[1] = weight_scale(p, t.expert, row, t.feature0 + 128);
             } else of_slab(p, t, step);
-        }
-        if (!WIDE) {
-#pragma unroll
-            for (int i = 0; i < (BN + 127) / 128; ++i)
-                ahead[i] = __ldg(p.act_scale + source[min(thread + i * 128, BN - 1)]);
         }
     }
     __device__ __forceinline__ void store(u32 to, int thread) const {
@@ -290,11 +293,6 @@ struct Table {
                 sts32(to + thread * 8, (u32)hi << 16 | hi);
                 sts32(to + thread * 8 + 4, (u32)lo << 16 | lo);
             }
-        }
-        if (!WIDE) {
-#pragma unroll
-            for (int i = 0; i < (BN + 127) / 128; ++i)
-                if (thread + i * 128 < BN) stsf(to + (thread + i * 128) * 4, ahead[i]);
         }
     }
 };
@@ -407,20 +405,18 @@ __device__ __forceinline__ void produce(
             }
         }
         named_sync(1, 128);
-        if (SCALE != SLAB) tables.fetch(p, t, 0, thread, source);
+        tables.fetch(p, t, 0, thread);
         for (int step = 0; step < steps; ++step) {
             barrier_wait(empty + slot * 8, phase ^ 1);
             u32 base = stages + slot * STAGE_BYTES, table = base + A_BYTES + B_BYTES;
             if (step < main_steps) {
                 if (thread == 0) load_weight(p, t, step, base, full + slot * 8);
                 load_rows(smem_address(rows), base + A_BYTES, thread, step * BC * SIZE, p.C * SIZE);
-                if (SCALE == SLAB) {
-                    load_slab_scales(p, t, step, table, thread, source);
-                } else if (WIDE) {
+                if (WIDE) {
                     tables.store(table, thread);
-                    if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread, source);
-                } else if (step + 1 == main_steps) {
-                    tables.store(table, thread);
+                    if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread);
+                } else {
+                    load_scales(p, t, step, step + 1 == main_steps, table, thread, source);
                 }
             } else if (step < main_steps + lora_steps) {
                 load_lora(p, t, step - main_steps, base, thread);
@@ -441,7 +437,6 @@ struct Ring {
     u32 stages, full, empty;
     int slot;
     u32 phase;
-    u32 turn;   // of a consumer's factors, which outlive a tile
     __device__ __forceinline__ u32 wait() {
         barrier_wait(full + slot * 8, phase);
         fence_async();   // rows came by ordinary copies, and the tensor cores read them
@@ -454,12 +449,31 @@ struct Ring {
     }
     __device__ __forceinline__ void free(int which, int lane) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(empty + which * 8);
+        if (EVERY_LANE || lane == 0) barrier_arrive(empty + which * 8);
+    }
+};
+
+// SLAB: sums in a slab's unit, its scales' product. They are multiplied by the ratio of two units before each slab, so
+// that all are added in the tensor core, and no registers hold a slab's alone.
+struct Units {
+    static constexpr float SMALLEST = 0x1p-100f;   // of a unit, which the first slab's exceeds
+    float token[TILES][2], weight[2];
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; ++i) token[i >> 1][i & 1] = SMALLEST;
+        weight[0] = weight[1] = SMALLEST;
+    }
+    // The ratio of the unit so far and of the next one, which is kept so large that no sum leaves float32: what a slab of
+    // 2^-40 of the scale of its neighbour adds is lost in any case.
+    static __device__ __forceinline__ float change(float& unit, float scale) {
+        float next = fmaxf(scale, unit * 0x1p-40f), ratio = unit * reciprocal_approx(next);
+        unit = next;
+        return ratio;
     }
 };
 
 struct Work {
-    float acc[MT][BN / 2];
+    float acc[TILES][SUMS];
 
     // Where a step of bfloat16 activations reads, and what it has read ahead: words for two multiplications, non-flipped
     // {half 0, half 1} of chunks k and k + 1, flipped contraction rows 0 .. 7, 8 .. 15, 16 .. 23 and 24 .. 31; scales.
@@ -590,122 +604,144 @@ struct Work {
         a[3] = pick(x2, x3, 0x7531);
     }
 
-    // E4M3 activations with one scale per row: sums stay in the tensor core
-    __device__ __forceinline__ void narrow_step(
-        u32 base, int group, int warp, int lane, Ring& ring, int previous
-    ) {
-        u32 b = descriptor(base + A_BYTES);
-        if (FLIP) {
-            // operands of two multiplications in flight, and the words of the next
-            u32 hold[3][2][4];
-            u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
-            auto fetch = [&](int k) {
-                u32 (&a)[2][4] = hold[k % 3];
-#pragma unroll
-                for (int tile = 0; tile < 2; ++tile)
-                    matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16),
-                                   a[tile][0], a[tile][1], a[tile][2], a[tile][3]);
-            };
-            fetch(0);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                u32 (&a)[2][4] = hold[k % 3];
-                if (k < 3) fetch(k + 1);
-                turn_words(a[0]);
-                turn_words(a[1]);
-                settle(a[0]);
-                settle(a[1]);
-                mma_fence();
-#pragma unroll
-                for (int tile = 0; tile < 2; ++tile)
-                    MMA::narrow_rs(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], whole(b + k * 2), 1);
-                mma_commit();
-                if (k < 3) mma_wait<1>();
-                else mma_wait<0>();
-            }
-        } else {
-            u32 a = descriptor(base + group * 16384);
-            mma_fence();
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-#pragma unroll
-                for (int tile = 0; tile < 2; ++tile)
-                    MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
-            mma_commit();
-            mma_wait<1>();
-            if (previous >= 0) ring.free(previous, lane);
-        }
+    __device__ __forceinline__ static float slab_scale(u32 base, int group) {
+        return ldsf(base + A_BYTES + B_BYTES + SLAB_WEIGHTS + group * 4);
     }
 
-    // E4M3 activations with a scale per 128 columns: each slab's sum is scaled and added in float32. A column's factor,
-    // its token's scale times the weight's, is multiplied once for all threads.
-    __device__ __forceinline__ void slab_step(u32 base, int group, int warp, int lane, u32 factors) {
-        int q = lane & 3, token = warp * 32 + lane;
-        u32 b = descriptor(base + A_BYTES), table = base + A_BYTES + B_BYTES;
-        u32 a = descriptor(base + group * 16384);
-        u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
-        if (token < BN) {
-            // the four that a thread needs of sixteen tokens, 2q, 2q + 1 and 8 more, lie together
-            u32 to = factors + ((token >> 4) * 16 + (token & 6) * 2 + ((token >> 3) & 1) * 2 + (token & 1)) * 4;
-            float scale = ldsf(table + token * 4);
-            stsf(to, scale * ldsf(table + SLAB_WEIGHTS + (DUAL ? 0 : group) * 4));
-            if (DUAL) stsf(to + BN * 4, scale * ldsf(table + SLAB_WEIGHTS + 4));
-        }
-        // FLIP: operands of two multiplications in flight, and the words of the next
+    // The same where registers are left for a slab's own sums, which are scaled and added: no unit, and shorter.
+    __device__ __forceinline__ void turned_slab(u32 base, int group, int warp, int lane) {
+        u32 b = descriptor(base + A_BYTES), row = turned_row(lane), at = base + group * 16384 + row * 128;
+        float scale = slab_scale(base, group);
+        // operands of two multiplications in flight, and the words of the next
         u32 hold[3][4];
         auto fetch = [&](int tile, int k) {
             u32 (&x)[4] = hold[k % 3];
             matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16), x[0], x[1], x[2], x[3]);
         };
-        if (FLIP) fetch(0, 0);
+        fetch(0, 0);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
-            float part[BN / 2];
+            float part[SUMS];
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                if (FLIP) {
-                    u32 (&x)[4] = hold[k % 3];
-                    if (k < 3) fetch(tile, k + 1);
-                    turn_words(x);
-                    settle(x);
-                    mma_fence();
-                    MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
-                    if (k < 3) {
-                        mma_commit();
-                        mma_wait<1>();
-                    }
-                } else {
-                    if (k == 0) mma_fence();
-                    MMA::narrow_ss(part, whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), k);
-                }
+                u32 (&x)[4] = hold[k % 3];
+                if (k < 3) fetch(tile, k + 1);
+                turn_words(x);
+                settle(x);
+                mma_fence();
+                MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
+                mma_commit();
+                if (k < 3) mma_wait<1>();
             }
-            mma_commit();
-            // the tensor cores are busy, and every thread's factors were written before
-            if (tile == 0) named_sync(2 + group, 128);
-            u32 from = factors + (DUAL ? tile * BN : 0) * 4 + q * 16;
-            float s[2][4];
-            lds_float4(from, s[0]);
             mma_wait<0>();
-            if (FLIP && tile == 0) fetch(1, 0);
+            if (tile == 0) fetch(1, 0);
 #pragma unroll
-            for (int j = 0; j < BN / 8; ++j) {
-                if ((j & 1) == 0 && j + 2 < BN / 8) lds_float4(from + (j / 2 + 1) * 64, s[(j / 2 + 1) & 1]);
-                float s0 = s[(j / 2) & 1][(j & 1) * 2], s1 = s[(j / 2) & 1][(j & 1) * 2 + 1];
-                acc[tile][4 * j] = fmaf(part[4 * j], s0, acc[tile][4 * j]);
-                acc[tile][4 * j + 1] = fmaf(part[4 * j + 1], s1, acc[tile][4 * j + 1]);
-                acc[tile][4 * j + 2] = fmaf(part[4 * j + 2], s0, acc[tile][4 * j + 2]);
-                acc[tile][4 * j + 3] = fmaf(part[4 * j + 3], s1, acc[tile][4 * j + 3]);
-            }
+            for (int i = 0; i < SUMS; ++i) acc[tile][i] = fmaf(part[i], scale, acc[tile][i]);
         }
     }
 
+    // E4M3 activations with one scale per row, turned words of the weight
+    __device__ __forceinline__ void turned_step(u32 base, int group, int warp, int lane, Units& units) {
+        u32 b = descriptor(base + A_BYTES);
+        // operands of two multiplications in flight, and the words of the next
+        u32 hold[3][2][4];
+        u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+        auto fetch = [&](int k) {
+            u32 (&a)[2][4] = hold[k % 3];
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile)
+                matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16),
+                               a[tile][0], a[tile][1], a[tile][2], a[tile][3]);
+        };
+        fetch(0);
+        if (SCALE == SLAB) {
+            float by = units.change(units.weight[0], slab_scale(base, group));
+#pragma unroll
+            for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= by;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            u32 (&a)[2][4] = hold[k % 3];
+            if (k < 3) fetch(k + 1);
+            turn_words(a[0]);
+            turn_words(a[1]);
+            settle(a[0]);
+            settle(a[1]);
+            mma_fence();
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile)
+                MMA::narrow_rs(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], whole(b + k * 2), 1);
+            mma_commit();
+            if (k < 3) mma_wait<1>();
+        }
+        mma_wait<0>();
+    }
+
+    // E4M3 activations and weights as they are; their last multiplications are left in flight
+    __device__ __forceinline__ void narrow_step(u32 base, int group, int lane, Ring& ring, int previous) {
+        u32 a = descriptor(base + group * 16384), b = descriptor(base + A_BYTES);
+        mma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+            for (int tile = 0; tile < MT; ++tile)
+                MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
+        mma_commit();
+        mma_wait<1>();
+        if (previous >= 0) ring.free(previous, lane);
+    }
+
+    // The same with tokens from the left and a scale for each slab of both.
+    __device__ __forceinline__ void tokens_step(u32 base, int group, int warp, int lane, Units& units) {
+        u32 a = descriptor(base + A_BYTES), b = descriptor(base + group * 16384), table = base + A_BYTES + B_BYTES;
+        // of gates and of ups, or of this consumer's features
+        float by[2];
+        by[0] = units.change(units.weight[0], ldsf(table + SLAB_WEIGHTS + (DUAL ? 0 : group) * 4));
+        by[1] = DUAL ? units.change(units.weight[1], ldsf(table + SLAB_WEIGHTS + 4)) : 0.f;
+        table += (warp * 16 + (lane >> 2)) * 4;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            float low = units.change(units.token[tile][0], ldsf(table + tile * 256));
+            float high = units.change(units.token[tile][1], ldsf(table + tile * 256 + 32));
+#pragma unroll
+            for (int j = 0; j < SUMS / 4; ++j) scale(tile, j, low, high, by[DUAL && j >= SUMS / 8]);
+        }
+        mma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+                MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
+        mma_commit();
+        mma_wait<0>();
+    }
+
+    // the sums j of a tile of tokens, times a number for each token, g and g + 8, and one of the weight
+    __device__ __forceinline__ void scale(int tile, int j, float low, float high, float weight) {
+        low *= weight, high *= weight;
+        acc[tile][4 * j] *= low;
+        acc[tile][4 * j + 1] *= low;
+        acc[tile][4 * j + 2] *= high;
+        acc[tile][4 * j + 3] *= high;
+    }
+
+    // the last slab's unit
+    __device__ __forceinline__ void finish_units(const Units& units) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int j = 0; j < SUMS / 4; ++j)
+                scale(tile, j, units.token[tile][0], units.token[tile][1], units.weight[DUAL && j >= SUMS / 8]);
+    }
+
     __device__ __forceinline__ void run(
-        const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, float* shares, u32 factors
+        const Params& p, const Tile& t, Ring& ring, int group, int warp, int lane, float* shares
     ) {
         int g = lane >> 2, q = lane & 3;
         // the first of this thread's features in product 0
         int f = t.feature0;
-        if (DUAL && MT == 1) f += group * 32 + warp * 8 + g;
+        if (TOKENS_LEFT) f += group * (DUAL ? 64 : 128) + 4 * q;
+        else if (DUAL && MT == 1) f += group * 32 + warp * 8 + g;
         else f += group * 64 * (DUAL ? 1 : MT) + warp * 16 + 2 * g;
         float column[2 * MT];
 #pragma unroll
@@ -721,8 +757,10 @@ struct Work {
         int previous = -1;
         u32 base = 0;
 #pragma unroll
-        for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] = 0.f;
+        for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] = 0.f;
         Wide ahead;
+        Units units;
+        units.begin();
         if (WIDE && !BANK) {
             base = ring.wait();
             ahead.begin(base, group, warp, lane);
@@ -743,26 +781,30 @@ struct Work {
             base = ring.wait();
             // a slot whose table is needed after the sum is freed then
             if (BANK) bank_step(base, group, lane, ring, previous);
-            else if (SCALE == SLAB) slab_step(base, group, warp, lane, factors + (ring.turn ^= FACTORS * 4));
-            else narrow_step(base, group, warp, lane, ring, previous);
+            else if (TOKENS_LEFT) tokens_step(base, group, warp, lane, units);
+            else if (ADDS) turned_slab(base, group, warp, lane);
+            else if (FLIP) turned_step(base, group, warp, lane, units);
+            else narrow_step(base, group, lane, ring, previous);
             previous = ring.next();
-            if (DRAINS && (SCALE == SLAB || step + 1 < main_steps)) ring.free(previous, lane);
+            if (DRAINS && step + 1 < main_steps) ring.free(previous, lane);
         }
         mma_wait<0>();
         if (WIDE && SCALE == TABLE) {
 #pragma unroll
-            for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] *= TABLE_DOWN;
+            for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= TABLE_DOWN;
         }
         if (BANK && !FLIP) {
 #pragma unroll
-            for (int i = 0; i < MT * BN / 2; ++i) acc[i / (BN / 2)][i % (BN / 2)] *= ROWS_DOWN;
+            for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= ROWS_DOWN;
         }
-        if (SCALE == COLUMN || (!WIDE && SCALE != SLAB)) {
+        if (TOKENS_LEFT) finish_units(units);
+        else if (SCALE == COLUMN || !WIDE) {
             u32 table = base + A_BYTES + B_BYTES;
 #pragma unroll
             for (int j = 0; j < BN / 8; ++j) {
                 float s0 = 1.f, s1 = 1.f;
                 if (!WIDE) lds_float2(table + (8 * j + 2 * q) * 4, s0, s1);
+                if (SCALE == SLAB && !ADDS) s0 *= units.weight[0], s1 *= units.weight[0];
 #pragma unroll
                 for (int tile = 0; tile < MT; ++tile) {
                     acc[tile][4 * j] *= s0 * column[2 * tile];
@@ -772,7 +814,7 @@ struct Work {
                 }
             }
         }
-        if (BANK || (!WIDE && SCALE != SLAB)) ring.free(previous, lane);
+        if (BANK || !WIDE) ring.free(previous, lane);
         for (int r0 = 0; r0 < p.R; r0 += LORA_RANKS) {
             base = ring.wait();
             u32 a = descriptor(base + group * (BF / 2 * BC)), b = descriptor(base + A_BYTES);
@@ -780,8 +822,10 @@ struct Work {
             for (int k = 0; k < steps; ++k) {
                 mma_fence();
 #pragma unroll
-                for (int tile = 0; tile < MT; ++tile)
-                    MMA::wide_ss(acc[tile], whole_lora(a + tile * (64 * BC >> 4) + k * 2), whole_lora(b + k * 2), 1);
+                for (int tile = 0; tile < TILES; ++tile) {
+                    u32 left = (TOKENS_LEFT ? b : a) + tile * (64 * BC >> 4), right = TOKENS_LEFT ? a : b;
+                    MMA::wide_ss(acc[tile], whole_lora(left + k * 2), whole_lora(right + k * 2), 1);
+                }
                 mma_commit();
                 mma_wait<0>();
             }
@@ -789,6 +833,10 @@ struct Work {
         }
         if (STAGE == GRADIENT) {
             gradient(p, t, ring, group, warp, lane, f, shares);
+            return;
+        }
+        if (TOKENS_LEFT) {
+            tokens_out(p, t, warp, lane, f);
             return;
         }
         if (DUAL) {
@@ -805,6 +853,44 @@ struct Work {
                 for (int i = 0; i < 2; ++i)
                     store_if(to + (8 * j + i) * p.F + tile * 64,
                              pack_bf16(acc[tile][4 * j + i], acc[tile][4 * j + 2 + i]), 8 * j + i < live);
+        }
+    }
+
+    // this thread's features f .. f + 3 of 16, of chunk `jj`, for token g or g + 8 of a tile
+    __device__ __forceinline__ void four(int tile, int jj, int half, u32& low, u32& high) const {
+        const float* x = acc[tile] + 8 * jj + 2 * half;
+        low = pack_bf16(x[0], x[4]);
+        high = pack_bf16(x[1], x[5]);
+    }
+
+    __device__ __forceinline__ void tokens_out(const Params& p, const Tile& t, int warp, int lane, int f) {
+        int first = warp * 16 + (lane >> 2);
+        long long width = DUAL ? 2 * p.F : p.F;
+        u16* to = p.out + (t.row0 + first) * width + f;
+        u16* to_h = p.h + (long long)(t.row0 + first) * p.F + f;
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; ++i) {
+            int tile = i >> 1, half = i & 1;
+            bool live = first + tile * 64 + half * 8 < t.rows;
+            u16* line = to + (tile * 64 + half * 8) * width;
+#pragma unroll
+            for (int jj = 0; jj < (DUAL ? 4 : 8); ++jj) {
+                bool stored = live && f + 16 * jj < p.F;
+                u32 x[2];
+                four(tile, jj, half, x[0], x[1]);
+                store2_if(line + 16 * jj, x[0], x[1], stored);
+                if (!DUAL) continue;
+                u32 up[2], h[2];
+                four(tile, jj + 4, half, up[0], up[1]);
+                store2_if(line + p.F + 16 * jj, up[0], up[1], stored);
+                // from the rounded z, so that backward computes the same h again
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    float low = low_bf16(x[n]), high = high_bf16(x[n]);
+                    h[n] = pack_bf16(low * sigmoid(low) * low_bf16(up[n]), high * sigmoid(high) * high_bf16(up[n]));
+                }
+                store2_if(to_h + (long long)(tile * 64 + half * 8) * p.F + 16 * jj, h[0], h[1], stored);
+            }
         }
     }
 
@@ -867,7 +953,9 @@ struct Work {
 #pragma unroll
         for (int i = 0; i < MT * 4; ++i) {
             int tile = i >> 2, half = (i >> 1) & 1, part = i & 1, feature = f + tile * 64 + half;
-            fold[tile][half][part] = PEAKS && feature < p.F ? __ldg(p.fold + (long long)t.expert * (2 * p.F) + part * p.F + feature) : 0.f;
+            fold[tile][half][part] = !PEAKS || feature >= p.F ? 0.f
+                                     : SCALE == SLAB      ? 1.f
+                                     : __ldg(p.fold + (long long)t.expert * (2 * p.F) + part * p.F + feature);
         }
         float outer[MT][2][4];
 #pragma unroll
@@ -993,7 +1081,6 @@ struct Work {
 
 extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_constant__ Params p) {
     // [stages, from a multiple of 1024][barriers][rows of the producer's tile][shares][experts' tiles and offsets]
-    // [factors]
     extern __shared__ u8 raw[];
     u8* shared = raw + (-smem_address(raw) & 1023);
     u64* barriers = (u64*)(shared + STAGES * STAGE_BYTES);
@@ -1002,7 +1089,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     float* shares = (float*)(source + BN);
     int* before = (int*)(shares + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN : 0));
     int* offsets = before + p.E + 1;   // E + 1
-    u32 factors = (smem_address(offsets + p.E + 1) + 15) & ~15u;
     int thread = threadIdx.x, lane = thread & 31;
     u32 full = smem_address(barriers), empty = full + STAGES * 8;
     if (thread < 32) {
@@ -1029,7 +1115,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     if (thread == 64) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + i * 8, 256);
-            barrier_init(empty + i * 8, 8);
+            barrier_init(empty + i * 8, EVERY_LANE ? 256 : 8);
         }
         barriers_ready();
     }
@@ -1042,12 +1128,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     } else {
         consumer_registers();
         int group = (thread >> 7) - 1, warp = (thread >> 5) & 3;
-        Ring ring{stages, full, empty, 0, 0, 0};
+        Ring ring{stages, full, empty, 0, 0};
         int total = schedule.total();
         for (int id = blockIdx.x; id < total; id += gridDim.x) {
             Tile t = schedule.at(id);
             Work work;
-            work.run(p, t, ring, group, warp, lane, shares, factors + group * (2 * FACTORS * 4));
+            work.run(p, t, ring, group, warp, lane, shares);
         }
     }
 }

@@ -29,7 +29,7 @@ and their products must stay inside float32. Exact for values below 2^67.
 @dataclass(frozen=True)
 class Rows:
     """The rows that multiply: ``values`` bfloat16 or E4M3 [*, C], read at ``token_M`` where given; E4M3 rows with
-    float32 ``scales`` [*, groups].
+    float32 ``scales`` [*, 1]; against blocks in a product that is not flipped, [*, groups] of the block's columns.
     """
 
     values: Tensor
@@ -60,8 +60,8 @@ class GateGradient:
     """SwiGLU's gradient: ``z`` bfloat16 [M, 2F], ``p_M`` bfloat16 or float32; ``shares`` float32
     [2 * ceil(F / 256), M] takes each row's parts of <dh, h>; ``sums`` float32 [token tiles, F, 16], where given, each
     token tile's part of the gradient of LoRA's A, for at most :data:`RANKS` ranks and no chunks of experts; ``peaks``,
-    where given, as shares: each row's largest |dz · fold|, with ``fold`` float32 [E, 2F], for E4M3 rows and a weight of
-    which one scale serves a row.
+    where given, as shares: each row's largest |dz · fold|, for E4M3 rows, with ``fold`` float32 [E, 2F] for a weight of
+    which one scale serves a row and without for blocks.
     """
 
     z: Tensor
@@ -232,6 +232,6 @@ def product(
     peaks = gradient is not None and gradient.peaks is not None
     if peaks:
         assert not wide
-        assert scale == NONE
+        assert (gradient.fold is None) == (scale == SLAB)
     mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None, outer, peaks)
     launch(mode, out.device, most, ctypes.addressof(pointers))

@@ -48,6 +48,14 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
+def scale_of(peak):
+    """The scale under which the largest magnitude ``peak`` becomes E4M3's largest, to the bit as torch divides on any
+    processor; zeros have one of 1.
+    """
+    return tl.where(peak > 0, tl.div_rn(peak, tl.zeros_like(peak) + E4M3_MAX), 1.0)
+
+
+@triton.jit
 def to_e4m3(x, WIDE: tl.constexpr):
     """Float32 to E4M3 within ±448, to nearest, ties to even; NaN stays NaN, which a clamp by itself does away with on
     a GPU. ``WIDE``: in the interpreter, whose own conversion loses the carry into the exponent and NaN, so that it is

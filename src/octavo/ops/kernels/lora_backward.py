@@ -1,12 +1,12 @@
 """LoRA's backward beside a product: ``yb = d·B`` and ``dB_e = Σ_{m in e} d_m ⊗ (p_m) xa_m`` from one read of d, and
-where asked for d rounded to E4M3, with a scale for each row and group of columns or for each row.
+where asked for d rounded to E4M3, with a scale for each row.
 
 A program holds up to ``CHUNK`` rows of one expert and walks the columns of d: each tile of d is multiplied by B from
 the right (a sum over columns, kept in registers) and, transposed, by xa (a sum over the chunk's rows, written per
 chunk). An expert of one chunk is finished there; the chunks of a longer one are summed in order by a second kernel, so
 nothing is atomic. The chunks' sums cost ``64 / CHUNK`` of the bytes of d at rank 16; a second read costs all of them.
-One scale for a whole row takes the maxima of rows from who wrote d: they are known only after a chunk of 1.5 MB, and
-those of all multiprocessors do not stay in the L2 for a second read.
+A row's scale takes its maximum from who wrote d: it is known only after a chunk of 1.5 MB, and those of all
+multiprocessors do not stay in the L2 for a second read.
 
 Legend: ``M`` rows sorted by expert, ``E`` experts, ``N`` columns of d, ``R`` LoRA rank (``RP`` padded), ``C`` chunks.
 """
@@ -18,26 +18,25 @@ from torch import Tensor
 
 from octavo.ops.engines import RowMaxima
 from octavo.ops.kernels.common import (
-    E4M3_MAX,
     INTERPRETED,
     Cut,
     ceil_div,
     expert_rows,
     expert_tiles,
     padded_rank,
+    scale_of,
     to_e4m3,
 )
-from octavo.ops.kernels.rows import Rounded, round_groups
+from octavo.ops.kernels.rows import Rounded
 
 
 @triton.jit
 def both_kernel(
     d, token_M, p_M, offsets_E, factor, xa, yb, out, sums_CNR, codes, scales, fold_EN, parts_PM, num_rows,
     stride_e, stride_n, stride_r,
-    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-    GATHER: tl.constexpr, WEIGHTED: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, PARTS: tl.constexpr,
+    FOLD: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     chunks = expert_tiles(offsets_E, 0, E, E, EP, CHUNK)
@@ -67,22 +66,16 @@ def both_kernel(
             peak = tl.zeros((CHUNK,), tl.float32)
             for i in tl.static_range(PARTS):
                 peak = tl.maximum(peak, tl.load(parts_PM + i * num_rows + row, mask=mask_m, other=0.0))
-            row_scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
+            row_scale = scale_of(peak)
             tl.store(scales + row, row_scale, mask=mask_m)
         for n0 in tl.range(0, N, BN, num_stages=STAGES):
             n = n0 + tl.arange(0, BN)
             mask_mn = mask_m[:, None] & (n < N)[None, :]
             tile = tl.load(d + source[:, None] * N + n[None, :], mask=mask_mn, other=0.0)
-            if GROUP:
-                at_group = n0 // GROUP + tl.arange(0, BN // GROUP)
-                groups: tl.constexpr = (N + GROUP - 1) // GROUP
-                code, scale = round_groups(tile.to(tl.float32), CHUNK, BN, GROUP, WIDE)
-                tl.store(codes + row[:, None] * N + n[None, :], code, mask=mask_mn)
-                mask_mg = mask_m[:, None] & (at_group < groups)[None, :]
-                tl.store(scales + row[:, None] * groups + at_group[None, :], scale, mask=mask_mg)
             if PARTS:
-                fold = tl.load(fold_EN + wide * N + n, mask=n < N, other=0.0)
-                value = tile.to(tl.float32) * fold[None, :]
+                value = tile.to(tl.float32)
+                if FOLD:
+                    value *= tl.load(fold_EN + wide * N + n, mask=n < N, other=0.0)[None, :]
                 row_code = to_e4m3(value / row_scale[:, None], WIDE)
                 tl.store(codes + row[:, None] * N + n[None, :], row_code, mask=mask_mn)
             mask_nr = (n < N)[:, None] & (r < R)[None, :]
@@ -127,13 +120,9 @@ FEW = Cut(32, 32, 4, 1) if INTERPRETED else Cut(128, 64, 4, 4)
 
 FEW_ROWS = 192
 """Up to how many rows per expert."""
-CUT_ROUNDED = Cut(32, 32, 4, 1) if INTERPRETED else Cut(256, 128, 16, 3)
-"""With rounding in groups, of which those of 128 columns lie in one tile."""
 
 # Beyond, the chunks' sums (4·R / CHUNK of the bytes of d) cost what a second read does.
 MOST_RANK = 32
-MOST_GROUP = 128
-"""Columns of one scale: a tile of more does not fit the registers."""
 
 
 def lora_backward(
@@ -144,7 +133,6 @@ def lora_backward(
     *,
     token_M: Tensor | None = None,
     p_M: Tensor | None = None,
-    group: int | None = None,
     maxima: RowMaxima | None = None,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Rounded | None]:
@@ -152,24 +140,22 @@ def lora_backward(
 
     ``d``: rows [*, N], read at ``token_M`` where given; ``xa_MR`` in the dtype of ``d``; ``p_M`` weighs the rows in dB
     only. Ranks up to :data:`MOST_RANK` are worth it. Sums in float32. dB is zero for an expert without rows; rows past
-    the last offset are not written. ``group``: columns of one scale of the rounding, a power of two up to
-    :data:`MOST_GROUP`; codes and scales are those of :func:`octavo.ops.kernels.rows.round_rows`. ``maxima``, in its
-    place: of d · fold, which is rounded with one scale a row. ``cut``: its rows are those of a chunk.
+    the last offset are not written. ``maxima``: of d · fold, which is rounded with one scale a row where they are
+    given; codes and scales are those of :func:`octavo.ops.kernels.rows.round_rows`. ``cut``: its rows are those of a
+    chunk.
     """
     num_rows, rank = xa_MR.shape
     num_experts, cols, _ = factor_ENR.shape
     yb_MR = torch.empty((num_rows, rank), dtype=d.dtype, device=d.device)
     out_ENR = torch.empty((num_experts, cols, rank), dtype=factor_ENR.dtype, device=d.device)
     rounded = None
-    assert group is None or maxima is None
-    if group is not None or maxima is not None:
+    if maxima is not None:
         rounded = Rounded(
             torch.empty((num_rows, cols), dtype=torch.float8_e4m3fn, device=d.device),
-            torch.empty((num_rows, ceil_div(cols, group or cols)), dtype=torch.float32, device=d.device),
+            torch.empty((num_rows, 1), dtype=torch.float32, device=d.device),
         )
     if cut is None:
-        few = num_rows <= FEW_ROWS * num_experts
-        cut = CUT_ROUNDED if group is not None else FEW if few else CUT
+        cut = FEW if num_rows <= FEW_ROWS * num_experts else CUT
     sizes = {"E": num_experts, "EP": max(16, triton.next_power_of_2(num_experts)), "CHUNK": cut.rows}
     most_chunks = ceil_div(num_rows, cut.rows) + num_experts
     sums_CNR = torch.empty((most_chunks, cols, rank), dtype=torch.float32, device=d.device)
@@ -178,9 +164,9 @@ def lora_backward(
             d, token_M, p_M, offsets_E, factor_ENR, xa_MR, yb_MR, out_ENR, sums_CNR,
             rounded and rounded.codes, rounded and rounded.scales,
             maxima and maxima.fold_EG, maxima and maxima.parts_PM, num_rows, *factor_ENR.stride(), N=cols, R=rank,
-            RP=padded_rank(rank), GROUP=group or 0, PARTS=0 if maxima is None else maxima.parts_PM.shape[0],
-            GATHER=token_M is not None, WEIGHTED=p_M is not None,
-            BN=max(cut.columns, group or 0), STAGES=cut.stages, WIDE=INTERPRETED, **sizes, num_warps=cut.warps,
+            RP=padded_rank(rank), PARTS=0 if maxima is None else maxima.parts_PM.shape[0],
+            FOLD=maxima is not None and maxima.fold_EG is not None, GATHER=token_M is not None,
+            WEIGHTED=p_M is not None, BN=cut.columns, STAGES=cut.stages, WIDE=INTERPRETED, **sizes, num_warps=cut.warps,
             num_stages=cut.stages,
         )  # fmt: skip
     block = 256 if INTERPRETED else 1024

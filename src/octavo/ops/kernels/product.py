@@ -197,7 +197,8 @@ def product_kernel(
                                       SB_N, SB_K, BN, BK, WIDE, KIND)  # fmt: skip
             if SCALES == SLAB:
                 zero = tl.zeros_like(acc)
-                slab_a = tl.load(a_scale + source.to(tl.int64) * A_GROUPS + k0 // BK, mask=mask_m, other=0.0)
+                group = k0 // BK if A_GROUPS > 1 else 0
+                slab_a = tl.load(a_scale + source.to(tl.int64) * A_GROUPS + group, mask=mask_m, other=0.0)
                 along_m = _on_rows(slab_a, LEFT)
                 slab_w = _slab_scale(scales, e, n0, 0, k0, N_ROWS, ROWS, GRID_N, GRID_K, SB_N, SB_K, TURNED, BN)
                 acc += _multiply(x, tile_w, zero, LEFT, FLIP) * (along_m * _on_columns(slab_w, LEFT))
@@ -312,7 +313,7 @@ class Tiles:
 @dataclass(frozen=True)
 class Operand:
     """The rows that multiply: ``values`` [*, K], read at ``token_M`` where given, with float32 ``scales`` [*,
-    groups].
+    groups]: one of a row, or of each step of the product.
     """
 
     values: Tensor

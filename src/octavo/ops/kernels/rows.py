@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.kernels.common import (
-    E4M3_MAX,
     INTERPRETED,
     Cut,
     ceil_div,
     expert_rows,
     expert_tiles,
     padded_rank,
+    scale_of,
     to_e4m3,
 )
 
@@ -79,7 +79,7 @@ def rows_kernel(
                 peak = tl.max(tl.abs(value), 1)
                 if GROUP < K:
                     # one group per step: BK == GROUP
-                    scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
+                    scale = scale_of(peak)
                     code = to_e4m3(value / scale[:, None], WIDE)
                     mask = mask_m[:, None] & (k < K)[None, :]
                     tl.store(codes + row.to(tl.int64)[:, None] * K + k[None, :], code, mask=mask)
@@ -91,7 +91,7 @@ def rows_kernel(
             at = row.to(tl.int64)[:, None] * R + r[None, :]
             tl.store(skinny + at, acc.to(skinny.dtype.element_ty), mask=mask_m[:, None] & (r < R)[None, :])
         if ROUND and GROUP >= K:
-            scale = tl.where(amax > 0, amax / E4M3_MAX, 1.0)
+            scale = scale_of(amax)
             tl.store(scales + row, scale, mask=mask_m)
             for k0 in range(0, K, BK):
                 k = k0 + tl.arange(0, BK)
@@ -106,7 +106,7 @@ def round_groups(value, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     """A float32 tile as (E4M3 codes, a scale for each row and ``GROUP`` columns)."""
     grouped = tl.reshape(value, (BM, BK // GROUP, GROUP))
     peak = tl.max(tl.abs(grouped), 2)
-    scale = tl.where(peak > 0, peak / E4M3_MAX, 1.0)
+    scale = scale_of(peak)
     code = to_e4m3(grouped / scale[:, :, None], WIDE)
     return tl.reshape(code, (BM, BK)), scale
 
