@@ -57,11 +57,12 @@ class CudaRecorder:
         generator = torch.cuda.default_generators[self._device.index]
         start = generator.get_state()
         try:
-            self._on_stream(work)
+            with self._in_pool():
+                self._on_stream(work)
             # Not the first time: a compiler that tunes draws random numbers too.
             before = generator.get_state()
             try:
-                with _no_waiting():
+                with self._in_pool(), _no_waiting():
                     self._on_stream(work)
             except torch.OutOfMemoryError:
                 raise
@@ -73,6 +74,22 @@ class CudaRecorder:
             generator.set_state(start)
         if not torch.equal(before, after):
             raise Unrecordable("it draws random numbers, as dropout does, and each of its recordings would draw others")
+
+    @contextmanager
+    def _in_pool(self) -> Iterator[None]:
+        """Inside the block memory comes from the graphs' pool, once there is one: a layer that warms up needs as much
+        as the pool holds for recordings, and would have it a second time.
+        """
+        if not self._graphs:
+            yield
+            return
+        index = self._device.index
+        torch._C._cuda_beginAllocateToPool(index, self._pool)
+        try:
+            yield
+        finally:
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
 
     def _on_stream(self, work: Callable[[], None]) -> None:
         current = torch.cuda.current_stream(self._device)
