@@ -87,7 +87,7 @@ def plan(
     offload_hidden_states: Annotated[bool, typer.Option(help="Keep hidden states in host memory.")] = False,
     offload_optimizer: Annotated[bool, typer.Option(help="Keep optimizer states in host memory.")] = False,
     graphs: Annotated[
-        bool | None, typer.Option(help="Replay checkpointed layers as CUDA graphs; up to 16,384 tokens unless given.")
+        bool | None, typer.Option(help="Replay checkpointed layers as CUDA graphs; up to 12,288 tokens unless given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:

@@ -32,7 +32,7 @@ _MIN_8BIT, _BLOCK_8BIT = 4096, 256
 # One-hot routing of the balancing loss: int64, its mask in int64, two products in float32.
 _AUX_BYTES = 24
 
-MOST_REPLAYED = 16_384
+MOST_REPLAYED = 12_288
 """Tokens of a forward up to which layers are replayed as CUDA graphs unless the user says otherwise."""
 
 # Of a plan, beside its terms.

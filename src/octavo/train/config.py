@@ -212,7 +212,7 @@ class TrainSection(OptimizationSection):
     graphs: Literal["auto"] | bool = Field(
         "auto",
         description="Replay checkpointed decoder layers as CUDA graphs, faster and in more memory (see `octavo plan`); "
-        "`auto`: on one GPU, without dropout, experts on it, up to 16,384 tokens a forward.",
+        "`auto`: on one GPU, without dropout, experts on it, up to 12,288 tokens a forward.",
     )
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; once at the end unless given.")
     eval_on_start: bool = Field(False, description="Evaluate once before the first step.")
