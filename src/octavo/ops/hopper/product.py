@@ -231,6 +231,7 @@ def product(
         assert lora.xa.shape[1] <= RANKS
     peaks = gradient is not None and gradient.peaks is not None
     if peaks:
+        assert gradient is not None
         assert not wide
         assert (gradient.fold is None) == (scale == SLAB)
     mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None, outer, peaks)
