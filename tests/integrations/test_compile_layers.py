@@ -1,5 +1,6 @@
 """Decoder layers of the real small models as compiled graphs: one per kind, with the eager loss and gradients."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import octavo
 from octavo import demo
 from octavo.errors import EngineError
-from octavo.integrations import taps
+from octavo.integrations import compiled, taps
 from octavo.integrations.compiled import compiled_layers
 from octavo.train.routing import ExpertTokens
 from tests.integrations.test_matrix import relative
@@ -44,10 +45,10 @@ def tuned(name: str, *, layers: int | None = None, checkpointing: bool | None = 
     return adapted.train()
 
 
-def step(model: nn.Module, length: int, **options: object) -> dict[str, Tensor]:
-    """The loss, and the gradient of every adapter."""
+def step(model: nn.Module, length: int, rows: int = 2, **options: object) -> dict[str, Tensor]:
+    """The loss, and the gradient of everything that trains."""
     model.zero_grad()
-    tokens = torch.arange(2 * length).view(2, length) * 37 % 400
+    tokens = torch.arange(rows * length).view(rows, length) * 37 % 400
     output = model(input_ids=tokens, labels=tokens, use_cache=False, **options)
     loss = output.loss
     if logits := getattr(output, "router_logits", None):
@@ -80,10 +81,10 @@ def test_one_graph_serves_all_layers_of_a_kind(name):
     assert graphs() == KINDS[name]
     assert_same(want[0], step(model, 12))
     assert graphs() == KINDS[name]
-    # another length is one more, for that and every other
+    # another length needs none, nor does another number of rows
     assert_same(want[1], step(model, 9))
-    step(model, 14)
-    assert graphs() == 2 * KINDS[name]
+    step(model, 14, rows=3)
+    assert graphs() == KINDS[name]
 
 
 @pytest.mark.parametrize("checkpointing", [None, True], ids=["without", "reentrant"])
@@ -138,6 +139,23 @@ def test_a_hook_that_may_change_something_keeps_the_layer_eager():
     handle.remove()
     assert relative(changed["loss"], before["loss"]) > 1e-4
     assert_same(before, step(model, 12))
+
+
+def test_that_there_are_more_graphs_than_allowed_is_said_and_the_rest_is_eager(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "LIMIT", 1)
+    model = tuned("qwen-tiny", layers=2)
+    want = step(model, 12), step(model, 9, rows=1)
+    octavo.compile_layers(model, backend="aot_eager")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "octavo"):
+        for _ in range(2):
+            assert_same(want[0], step(model, 12))
+            # one row alone is another graph
+            assert_same(want[1], step(model, 9, rows=1))
+    assert graphs() == 1
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "octavo"]
+    assert message.startswith("Qwen3MoeDecoderLayer takes more than 1 compiled graphs")
+    assert torch._dynamo.config.recompile_limit == 8
 
 
 def test_a_forward_looks_no_modules_up_anew():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import octavo
 from octavo.integrations import recorder
 from octavo.train.even_rows import EvenRows, even_shape
 from octavo.train.metrics import read_metrics
@@ -71,10 +72,12 @@ def test_attention_does_not_see_the_padding():
 def test_a_packed_run_is_replayed_and_learns_the_same(tmp_path, checkpoint, monkeypatch):
     """With the load-balancing loss and the counts of experts' tokens, which see no padding."""
     monkeypatch.setitem(recorder.RECORDERS, "cpu", DoneAgain)
+    shapes = []
+    monkeypatch.setattr(octavo, "compile_layers", lambda model, shape: shapes.append(shape))
     chats = write_jsonl(tmp_path / "chats.jsonl", [chat(index) for index in range(160)])
 
     def run(name, **options):
-        config = tree(checkpoint, chats, tmp_path / name, router_aux_loss=0.1, steps=8, **options)
+        config = tree(checkpoint, chats, tmp_path / name, router_aux_loss=0.1, steps=8, compile=True, **options)
         config["data"] |= {"packing": True, "max_length": 256}
         screen = Screen()
         train(screen, **config)
@@ -84,6 +87,8 @@ def test_a_packed_run_is_replayed_and_learns_the_same(tmp_path, checkpoint, monk
     want, _ = run("plain", graphs=False)
     got, said = run("even", graphs=True)
     assert len(want) == len(got) == 8
+    # batches of four
+    assert shapes == [None, (1, 4 * 256)]
     for key in ("loss", "grad_norm", "expert_load"):
         assert [line[key] for line in got] == pytest.approx([line[key] for line in want], rel=1e-4), key
     assert "CUDA graphs: 2 recordings, 12 forwards replayed; 4 not: the first 2 forwards of a kind" in said

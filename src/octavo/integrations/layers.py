@@ -34,6 +34,7 @@ class TrainedLayer(nn.Module):
 
     _own: ClassVar[type[nn.Module]]
     _compiled: Callable[..., Any] | None
+    _shape: tuple[int, int] | None
     _graphs: Graphs | None
     _taps: Taps
 
@@ -100,8 +101,11 @@ def trained_layers(model: nn.Module) -> list[tuple[str, TrainedLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, TrainedLayer)]
 
 
-def set_compiled(layer: nn.Module, compiled: Callable[..., Any] | None) -> None:
-    """Have ``layer`` run ``compiled`` while it trains; ``None`` for its own forward. What was recorded is dropped."""
+def set_compiled(layer: nn.Module, compiled: Callable[..., Any] | None, shape: tuple[int, int] | None = None) -> None:
+    """Have ``layer`` run ``compiled`` while it trains; ``None`` for its own forward. What was recorded is dropped.
+
+    ``shape``: that of the batches [rows, tokens] for which ``compiled`` is to have a graph of its own.
+    """
     trained = _dressed(layer)
     if trained._compiled is not None and "peft" in sys.modules:
         from octavo.integrations.adoption import release_plain
@@ -110,7 +114,7 @@ def set_compiled(layer: nn.Module, compiled: Callable[..., Any] | None) -> None:
             release_plain(module)
     if trained._graphs is not None:
         trained._graphs.clear()
-    trained.__dict__["_compiled"] = compiled
+    trained.__dict__.update(_compiled=compiled, _shape=shape)
     # taps that were needed once need not be for another graph, and modules are to be adopted anew
     trained.__dict__["_taps"] = Taps()
     _undress_plain(trained)
@@ -128,14 +132,14 @@ def set_graphs(layer: nn.Module, graphs: Graphs | None) -> None:
 def _dressed(layer: nn.Module) -> TrainedLayer:
     if not isinstance(layer, TrainedLayer):
         layer.__class__ = _subclass(type(layer))
-        layer.__dict__.update(_compiled=None, _graphs=None, _taps=Taps())
+        layer.__dict__.update(_compiled=None, _shape=None, _graphs=None, _taps=Taps())
     assert isinstance(layer, TrainedLayer)
     return layer
 
 
 def _undress_plain(layer: TrainedLayer) -> None:
     if layer._compiled is None and layer._graphs is None:
-        for name in ("_compiled", "_graphs", "_taps"):
+        for name in ("_compiled", "_shape", "_graphs", "_taps"):
             del layer.__dict__[name]
         layer.__class__ = layer._own  # type: ignore[assignment]
 

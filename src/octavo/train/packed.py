@@ -90,9 +90,10 @@ def packed_attention(
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
+    # by a branch: in a compiled layer numbers of heads may be symbols, and a comparison of those is no bool
+    options: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
+        query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, **options
     )
 
 

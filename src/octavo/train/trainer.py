@@ -85,8 +85,7 @@ class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[mi
         )
         self._adapter_dtype = adapter_dtype
         _cast_adapters(self.model, adapter_dtype)
-        if compile_layers:
-            octavo.compile_layers(self.model)
+        shape = None
         if graph_layers:
             octavo.graph_layers(self.model)
             if args.packing and args.max_length and model.config.get_text_config()._attn_implementation == PACKED:
@@ -94,6 +93,10 @@ class SftTrainer(Watched, OffloadsOptimizer, trl.SFTTrainer):  # type: ignore[mi
                 packs = list(_column(self.train_dataset, "seq_lengths"))
                 length, examples = even_shape(packs)
                 self.data_collator = EvenRows(self.data_collator, rows * length, rows * examples)
+                # packed rows of a batch are one row to the model
+                shape = 1, rows * length
+        if compile_layers:
+            octavo.compile_layers(self.model, shape=shape)
         self._offload: HiddenStatesOnHost | None = None
         if offload_hidden_states:
             self._offload = HiddenStatesOnHost(self.model.parameters(), self.args.device)

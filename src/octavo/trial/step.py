@@ -137,7 +137,7 @@ def step_on(loaded: Loaded, row: Row) -> dict[str, Any]:
         octavo.graph_layers(tuned, on=False)
         octavo.configure(model, numerics=row.numerics)
     if compiled:
-        octavo.compile_layers(tuned)
+        octavo.compile_layers(tuned, shape=(row.batch, row.seq))
     if recorded:
         octavo.graph_layers(tuned)
     optimizer = _optimizer(row, [p for p in tuned.parameters() if p.requires_grad])
