@@ -100,6 +100,7 @@ def _per_row(weight: Float8Weight) -> Tensor:
 
 
 def _grouped(rounded: Rounded, weight: Float8Weight, *, transposed: bool) -> Tensor:
+    """By the products for Hopper, over blocks: one expert, which has all rows."""
     from octavo.ops.hopper.engine import tile_sizes, tokens_of_tile
     from octavo.ops.hopper.product import Rows, product
 
@@ -107,7 +108,7 @@ def _grouped(rounded: Rounded, weight: Float8Weight, *, transposed: bool) -> Ten
     width = weight.in_features if transposed else weight.out_features
     out = torch.empty((num_rows, width), dtype=torch.bfloat16, device=device)
     offsets_E = torch.full((1,), num_rows, dtype=torch.int32, device=device)
-    tokens = tokens_of_tile(num_rows, tile_sizes(tokens_left=not transposed and not folds_into_rows(weight)))
+    tokens = tokens_of_tile(num_rows, tile_sizes(tokens_left=not transposed))
     rows = Rows(rounded.codes, None, rounded.scales)
     product(rows, weight, offsets_E, out, flip=transposed, tokens=tokens)
     return out

@@ -234,6 +234,42 @@ def test_slabs_whose_scales_are_far_apart(launched: list[Mode]) -> None:
         close(out, case.expected(), ROUNDED)
 
 
+def test_groups_of_zeros_before_small_ones(launched: list[Mode]) -> None:
+    """Zeros have a scale of 1, and what comes after them may be anything: scales below float32's normal numbers too."""
+    case = Case((70,), 640, 640, BLOCK, rounded=True, rank=0, gathers=False)
+    values = case.values.float().unflatten(1, (5, 128)) * torch.tensor([0.0, 1e-13, 0.0, 1e-9, 0.0])[:, None]
+    scales = values.abs().amax(-1) / 448
+    scales = torch.where(scales > 0, scales, 1)
+    codes = (values / scales[..., None]).to(torch.float8_e4m3fn)
+    case.wide = (codes.double() * scales[..., None].double()).flatten(1)
+    for tokens in (64, 192):
+        out = case.empty(case.features)
+        rows = Rows(codes.flatten(1).contiguous(), None, scales.contiguous())
+        product(rows, case.weight, case.offsets_E, out, tokens=tokens)
+        close(out, case.expected(), ROUNDED)
+    tiny = scales.clone()
+    tiny[:, 1] = 1e-40
+    product(Rows(rows.values, None, tiny), case.weight, case.offsets_E, out, tokens=64)
+    assert out[: case.live].isfinite().all()
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
+@pytest.mark.parametrize("tokens", [128, 160])
+def test_rounded_rows_over_blocks_that_do_not_divide(launched: list[Mode], flip: bool, tokens: int) -> None:
+    """As linear layers have them, which are one expert of one part."""
+    case = Case((200,), 320, 576, BLOCK, flip=flip, rank=0, gathers=False)
+    tokens = tokens if flip else {128: 128, 160: 192}[tokens]
+    group = case.contraction if flip else 128
+    padded = F.pad(case.values.float(), (0, -case.contraction % group)).unflatten(1, (-1, group))
+    scales = padded.abs().amax(-1) / 448
+    codes = (padded / scales[..., None]).to(torch.float8_e4m3fn)
+    case.wide = (codes.double() * scales[..., None].double()).flatten(1)[:, : case.contraction]
+    out = case.empty(case.features)
+    rows = Rows(codes.flatten(1)[:, : case.contraction].contiguous(), None, scales.contiguous())
+    product(rows, case.weight, case.offsets_E, out, flip=flip, tokens=tokens)
+    close(out, case.expected(), ROUNDED)
+
+
 def test_parts_that_meet_in_a_tile_are_refused(launched: list[Mode]) -> None:
     case = Case(RAGGED, 96, 320, BLOCK, parts=2)
     with pytest.raises(AssertionError):

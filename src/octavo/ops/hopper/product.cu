@@ -3,8 +3,8 @@
 //     out[row, f] = sum_c  act[source(row), c] * W_e(row)[f, c]        f: features, c: contraction
 //
 // The weight is the left operand of wgmma (features are its 64 rows), so that a tile takes BN tokens, any multiple
-// of 32, and a weight tile is read and widened once for all of them; with TOKENS_LEFT tokens are. A thread block is one producer warpgroup
-// (the weight by TMA, rows gathered by cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
+// of 32, and a weight tile is read and widened once for all of them. E4M3 rows with a scale per slab are the left
+// operand themselves (TOKENS_LEFT). A thread block is one producer warpgroup (the weight by TMA, rows gathered by cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
 //
 // Compile-time modes (macros):
 //   WIDE   1: bfloat16 activations; E4M3 weights are widened in registers.  0: E4M3 by E4M3.
@@ -20,9 +20,9 @@
 //             product dh, and each row's share of <dh, h>.
 //   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
 //             of x·A, summed over its tokens. h is in registers here, and in memory nowhere.
-//   EVERY_LANE 1: all lanes of a warp say that a slot is free, not one for all: tools that look for races follow lanes.
 //   PEAKS  1: with GRADIENT, also each row's largest |dz * fold|, by parts as the shares: dz is rounded with one scale a
 //             row, and would be read once more to find it.
+//   EVERY_LANE 1: all lanes of a warp say that a slot is free, not one for all: tools that look for races follow lanes.
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
@@ -456,17 +456,19 @@ struct Ring {
 // SLAB: sums in a slab's unit, its scales' product. They are multiplied by the ratio of two units before each slab, so
 // that all are added in the tensor core, and no registers hold a slab's alone.
 struct Units {
-    static constexpr float SMALLEST = 0x1p-100f;   // of a unit, which the first slab's exceeds
+    static constexpr float SMALLEST = 0x1p-100f;   // of a unit
+    // How far a unit falls at most from one slab to the next: both, and sums of 2^32 in a unit, stay inside of float32.
+    static constexpr float TOKEN_FALLS = 0x1p-60f, WEIGHT_FALLS = 0x1p-34f;
     float token[TILES][2], weight[2];
     __device__ __forceinline__ void begin() {
 #pragma unroll
         for (int i = 0; i < 2 * TILES; ++i) token[i >> 1][i & 1] = SMALLEST;
         weight[0] = weight[1] = SMALLEST;
     }
-    // The ratio of the unit so far and of the next one, which is kept so large that no sum leaves float32: what a slab of
-    // 2^-40 of the scale of its neighbour adds is lost in any case.
-    static __device__ __forceinline__ float change(float& unit, float scale) {
-        float next = fmaxf(scale, unit * 0x1p-40f), ratio = unit * reciprocal_approx(next);
+    // The ratio of the unit so far and of the next one. What a slab adds that is smaller yet is lost beside the one before;
+    // but zeros have a scale of 1, so a token's may fall far.
+    static __device__ __forceinline__ float change(float& unit, float scale, float falls) {
+        float next = fmaxf(scale, fmaxf(unit * falls, SMALLEST)), ratio = unit * reciprocal_approx(next);
         unit = next;
         return ratio;
     }
@@ -608,7 +610,8 @@ struct Work {
         return ldsf(base + A_BYTES + B_BYTES + SLAB_WEIGHTS + group * 4);
     }
 
-    // The same where registers are left for a slab's own sums, which are scaled and added: no unit, and shorter.
+    // E4M3 activations with one scale per row, turned words of the weight with a scale per slab, where registers are left
+    // for a slab's own sums: these are scaled and added, without a unit.
     __device__ __forceinline__ void turned_slab(u32 base, int group, int warp, int lane) {
         u32 b = descriptor(base + A_BYTES), row = turned_row(lane), at = base + group * 16384 + row * 128;
         float scale = slab_scale(base, group);
@@ -640,7 +643,7 @@ struct Work {
         }
     }
 
-    // E4M3 activations with one scale per row, turned words of the weight
+    // The same where one scale serves a row, or in units
     __device__ __forceinline__ void turned_step(u32 base, int group, int warp, int lane, Units& units) {
         u32 b = descriptor(base + A_BYTES);
         // operands of two multiplications in flight, and the words of the next
@@ -655,7 +658,7 @@ struct Work {
         };
         fetch(0);
         if (SCALE == SLAB) {
-            float by = units.change(units.weight[0], slab_scale(base, group));
+            float by = units.change(units.weight[0], slab_scale(base, group), Units::WEIGHT_FALLS);
 #pragma unroll
             for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= by;
         }
@@ -696,13 +699,14 @@ struct Work {
         u32 a = descriptor(base + A_BYTES), b = descriptor(base + group * 16384), table = base + A_BYTES + B_BYTES;
         // of gates and of ups, or of this consumer's features
         float by[2];
-        by[0] = units.change(units.weight[0], ldsf(table + SLAB_WEIGHTS + (DUAL ? 0 : group) * 4));
-        by[1] = DUAL ? units.change(units.weight[1], ldsf(table + SLAB_WEIGHTS + 4)) : 0.f;
+        u32 scales = table + SLAB_WEIGHTS;
+        by[0] = units.change(units.weight[0], ldsf(scales + (DUAL ? 0 : group) * 4), Units::WEIGHT_FALLS);
+        by[1] = DUAL ? units.change(units.weight[1], ldsf(scales + 4), Units::WEIGHT_FALLS) : 0.f;
         table += (warp * 16 + (lane >> 2)) * 4;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-            float low = units.change(units.token[tile][0], ldsf(table + tile * 256));
-            float high = units.change(units.token[tile][1], ldsf(table + tile * 256 + 32));
+            float low = units.change(units.token[tile][0], ldsf(table + tile * 256), Units::TOKEN_FALLS);
+            float high = units.change(units.token[tile][1], ldsf(table + tile * 256 + 32), Units::TOKEN_FALLS);
 #pragma unroll
             for (int j = 0; j < SUMS / 4; ++j) scale(tile, j, low, high, by[DUAL && j >= SUMS / 8]);
         }
