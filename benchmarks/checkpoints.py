@@ -2,6 +2,7 @@
 
     python -m benchmarks.checkpoints glm /data/glm
     python -m benchmarks.checkpoints qwen3-coder /data/qwen3 --layers 4
+    python -m benchmarks.checkpoints qwen3-coder /data/qwen3-bf16 --layers 24 --plain
 
 ``glm`` is GLM-4.7-Flash-FP8-Dynamic (compressed-tensors, one bfloat16 scale per row; layers 1, 39 and 46 are bfloat16),
 ``qwen3-coder`` is Qwen3-Coder-30B-A3B-Instruct-FP8 (blocks of 128 × 128), ``qwen3-8b`` the dense Qwen3-8B-FP8 (the same
@@ -71,6 +72,8 @@ class Kind:
     scale_dtype: torch.dtype
     plain_layers: tuple[int, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    """Whether nothing is quantized: the bfloat16 model that the real one was made from."""
 
     @property
     def num_layers(self) -> int:
@@ -225,7 +228,7 @@ def stacks(kind: Kind) -> Iterator[Stack]:
     hidden, vocabulary = s["hidden_size"], s["vocab_size"]
     yield Stack(("model.embed_tokens",), (vocabulary, hidden), None)
     for layer in range(kind.num_layers):
-        yield from _layer(kind, layer)
+        yield from (replace(stack, layout=None) if kind.plain else stack for stack in _layer(kind, layer))
     yield Stack(("model.norm",), (hidden,), None, "norm")
     yield Stack(("lm_head",), (vocabulary, hidden), None)
 
@@ -469,21 +472,23 @@ def write(
     *,
     layers: int | None = None,
     tiny: bool = False,
+    plain: bool = False,
     shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
 ) -> int:
     """Write a checkpoint and return the bytes of its tensors.
 
-    ``layers``: as many from the first, all by default. ``tiny``: sizes for a CPU.
+    ``layers``: as many from the first, all by default. ``tiny``: sizes for a CPU. ``plain``: nothing is quantized.
     """
-    return write_kind(resolve(name, layers=layers, tiny=tiny), folder, shard_bytes=shard_bytes, seed=seed)
+    kind = replace(resolve(name, layers=layers, tiny=tiny), plain=plain)
+    return write_kind(kind, folder, shard_bytes=shard_bytes, seed=seed)
 
 
 def write_config(kind: Kind, folder: Path) -> None:
     """Write the config of ``kind``."""
     folder.mkdir(parents=True, exist_ok=True)
-    quantization = quantization_config(kind)
-    (folder / "config.json").write_text(json.dumps({**kind.sizes, "quantization_config": quantization}, indent=2))
+    quantization = {} if kind.plain else {"quantization_config": quantization_config(kind)}
+    (folder / "config.json").write_text(json.dumps({**kind.sizes, **quantization}, indent=2))
 
 
 def write_kind(kind: Kind, folder: Path, *, shard_bytes: int = SHARD_BYTES, seed: int = 0) -> int:
@@ -552,19 +557,23 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="the first so many; all by default")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--plain", action="store_true", help="in bfloat16")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / GB)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config-only", action="store_true", help="nothing but config.json, which a plan is made of")
     args = parser.parse_args()
     if args.config_only:
-        write_config(resolve(args.model, layers=args.layers, tiny=args.tiny), args.folder)
+        kind = resolve(args.model, layers=args.layers, tiny=args.tiny)
+        write_config(replace(kind, plain=args.plain), args.folder)
         return
     start = time.perf_counter()
     size = write(
-        args.model, args.folder, layers=args.layers, tiny=args.tiny, shard_bytes=int(args.shard_gb * GB), seed=args.seed
-    )
+        args.model, args.folder, layers=args.layers, tiny=args.tiny, plain=args.plain,
+        shard_bytes=int(args.shard_gb * GB), seed=args.seed,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
-    print(f"{args.folder}: {size / GB:.3f} GB of {KINDS[args.model].repository} in {seconds:.1f} s")
+    kind = f"{KINDS[args.model].repository}{' in bfloat16' if args.plain else ''}"
+    print(f"{args.folder}: {size / GB:.3f} GB of {kind} in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ BOTH = (
 SKINNY = (None, Cut(32, 256, 4, 3), Cut(64, 64, 4, 4), Cut(64, 128, 4, 4), Cut(128, 64, 4, 4), Cut(128, 128, 8, 3))
 OUTER = (None, Cut(64, 64, 4, 4), Cut(128, 64, 4, 3), Cut(64, 128, 8, 3), Cut(32, 128, 4, 4), Cut(128, 128, 8, 3))
 GATED = (None, Cut(32, 64, 4, 4), Cut(64, 64, 4, 3), Cut(32, 128, 4, 3), Cut(64, 128, 8, 3), Cut(128, 64, 8, 3))
+ROUND = (None, Cut(1, 0, 4), Cut(2, 0, 4), Cut(2, 0, 8), Cut(8, 0, 8), Cut(16, 0, 8))
 COMBINE = (None, Cut(1, 2048, 2), Cut(1, 2048, 8), Cut(1, 1024, 4), Cut(1, 512, 1), Cut(1, 1024, 2))
 
 PASSES: dict[str, Pass] = {
@@ -218,6 +219,12 @@ PASSES: dict[str, Pass] = {
         lambda o, cut: whole(round_rows(o.h_MI, GROUP, offsets_E=o.offsets_E, cut=cut)),
         lambda o: whole(round_rows(o.h_MI, GROUP)),
         lambda o: nbytes(o.h_MI) * 3 // 2,
+    ),
+    "h by rows": Pass(
+        lambda o, cut: whole(round_rows(o.h_MI, o.model.intermediate, offsets_E=o.offsets_E, cut=cut)),
+        lambda o: whole(round_rows(o.h_MI, o.model.intermediate)),
+        lambda o: nbytes(o.h_MI) * 3 // 2,
+        ROUND,
     ),
     "dz by rows": Pass(
         lambda o, cut: whole(rounded_dz(o, cut)),

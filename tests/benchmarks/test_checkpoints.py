@@ -43,6 +43,20 @@ def test_full_size_weighs_what_the_real_one_does(name):
     assert [entry for held in files for entry in held] == found
 
 
+@pytest.mark.parametrize("name", ["glm", "qwen3-coder"])
+def test_a_plain_one_is_the_model_in_bfloat16(name, tmp_path):
+    write(name, tmp_path, tiny=True, plain=True)
+    model = octavo.load_model(tmp_path, engine="reference")
+    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    plain = build_plain(name, tiny=True)
+    assert found == {key: tuple(value.shape) for key, value in plain.state_dict().items()}
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    spread = {key: value.float().std().item() for key, value in model.named_parameters() if value.ndim > 1}
+    assert spread == pytest.approx(
+        {key: value.float().std().item() for key, value in plain.named_parameters() if value.ndim > 1}, rel=0.5
+    )
+
+
 def test_names_dtypes_and_shapes_are_those_of_a_saved_model():
     """The small model that ships was written from a transformers model by another way."""
     source = octavo.demo.checkpoint("glm-tiny")

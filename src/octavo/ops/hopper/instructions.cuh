@@ -68,6 +68,15 @@ __device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.b32
 __device__ __forceinline__ void lds64(u32 a, u32& x, u32& y) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(a));
 }
+__device__ __forceinline__ void lds128(u32 a, u32 (&x)[4]) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(a));
+}
+__device__ __forceinline__ void sts64(u32 a, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void sts128(u32 a, u32 x, u32 y, u32 z, u32 w) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
 __device__ __forceinline__ u64 lds_address(u32 a) {
     u64 v;
     asm volatile("ld.shared.b64 %0, [%1];" : "=l"(v) : "r"(a));

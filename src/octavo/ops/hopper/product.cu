@@ -47,9 +47,12 @@ constexpr int TABLE_BYTES = 1024;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + TABLE_BYTES;
 constexpr int MAX_EXPERTS = 1024;
 constexpr int SHARED_BYTES = 232448;  // what a block may have
-constexpr int OTHER_BYTES = 1024 + 128 + BN * 12 + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN * 4 : 0) + 4 * (2 * MAX_EXPERTS + 2);
+constexpr int RECORDS = 8;            // of tiles that the producer has begun: more than there are stages
+constexpr int OTHER_BYTES =
+    1024 + 128 + RECORDS * 32 + BN * 12 + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN * 4 : 0) + 4 * (MAX_EXPERTS + 1);
 constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
 constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
+static_assert(STAGES < RECORDS, "");
 constexpr bool DUAL = STAGE == SWIGLU;
 // Whether tokens are wgmma's rows, so that a thread's sums are of two tokens: a factor for each token and slab is two
 // reads of shared memory then, and would be as many as the tensor cores' own where tokens are columns.
@@ -135,11 +138,27 @@ __device__ __forceinline__ void split_scale(float s, u16& hi, u16& lo) {
 
 struct Tile {
     int expert, row0, rows, feature0, index_f, index;   // index: of the token tile, over all experts
+    // A record of 32 bytes, which the producer writes before a tile's first step and consumers read after it: finding
+    // a tile takes them a thousand cycles. A step later than the record by RECORDS tiles waits for one of its own tile's.
+    __device__ __forceinline__ void write(u32 to) const {
+        sts128(to, expert, row0, rows, feature0);
+        sts64(to + 16, index_f, index);
+    }
+    __device__ __forceinline__ void read(u32 from) {
+        u32 x[4], y[2];
+        lds128(from, x);
+        lds64(from + 16, y[0], y[1]);
+        expert = x[0], row0 = x[1], rows = x[2], feature0 = x[3], index_f = y[0], index = y[1];
+    }
 };
 
+__device__ __forceinline__ int first_row(const Params& p, int expert) {
+    return expert || p.follows ? __ldg(p.offsets + expert - 1) : 0;
+}
+
 struct Schedule {
+    const Params& p;
     const int* before;   // token tiles before each expert, E + 1
-    const int* offsets;  // where its rows begin, E + 1
     int E, num_f;
     __device__ __forceinline__ int total() const { return before[E] * num_f; }
     __device__ __forceinline__ Tile at(int id) const {
@@ -150,7 +169,7 @@ struct Schedule {
         }
         Tile t;
         t.expert = low;
-        int start = offsets[low], end = offsets[low + 1];
+        int start = first_row(p, low), end = __ldg(p.offsets + low);
         int tiles = before[low + 1] - before[low];
         int local = id - before[low] * num_f;
         t.index_f = local / tiles;
@@ -369,7 +388,8 @@ __device__ __forceinline__ void load_lora(const Params& p, const Tile& t, int pa
 }
 
 __device__ __forceinline__ void produce(
-    const Params& p, const Schedule& schedule, u32 stages, u32 full, u32 empty, u64* rows, int* source, int thread
+    const Params& p, const Schedule& schedule, u32 stages, u32 full, u32 empty, u32 record, u64* rows, int* source,
+    int thread
 ) {
     int main_steps = (p.C + BC - 1) / BC, lora_steps = (p.R + LORA_RANKS - 1) / LORA_RANKS;
     int steps = main_steps + lora_steps + (STAGE == GRADIENT ? BN / ZT : 0);
@@ -393,7 +413,7 @@ __device__ __forceinline__ void produce(
         }
     };
     look_ahead(blockIdx.x);
-    for (int id = blockIdx.x; id < total; id += gridDim.x) {
+    for (int id = blockIdx.x, n = 0; id < total; id += gridDim.x, ++n) {
         Tile t = next;
         named_sync(1, 128);
 #pragma unroll
@@ -409,6 +429,7 @@ __device__ __forceinline__ void produce(
         for (int step = 0; step < steps; ++step) {
             barrier_wait(empty + slot * 8, phase ^ 1);
             u32 base = stages + slot * STAGE_BYTES, table = base + A_BYTES + B_BYTES;
+            if (step == 0 && thread == 127) t.write(record + n % RECORDS * 32);
             if (step < main_steps) {
                 if (thread == 0) load_weight(p, t, step, base, full + slot * 8);
                 load_rows(smem_address(rows), base + A_BYTES, thread, step * BC * SIZE, p.C * SIZE);
@@ -1084,15 +1105,15 @@ struct Work {
 };
 
 extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_constant__ Params p) {
-    // [stages, from a multiple of 1024][barriers][rows of the producer's tile][shares][experts' tiles and offsets]
+    // [stages, from a multiple of 1024][barriers][records][rows of the producer's tile][shares][experts' tiles]
     extern __shared__ u8 raw[];
     u8* shared = raw + (-smem_address(raw) & 1023);
     u64* barriers = (u64*)(shared + STAGES * STAGE_BYTES);
-    u64* rows = barriers + 2 * STAGES;
+    u64* records = barriers + 16;
+    u64* rows = records + RECORDS * 4;
     int* source = (int*)(rows + BN);
     float* shares = (float*)(source + BN);
     int* before = (int*)(shares + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN : 0));
-    int* offsets = before + p.E + 1;   // E + 1
     int thread = threadIdx.x, lane = thread & 31;
     u32 full = smem_address(barriers), empty = full + STAGES * 8;
     if (thread < 32) {
@@ -1101,10 +1122,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
         for (int e0 = 0; e0 < p.E; e0 += 32) {
             int e = e0 + lane, tiles = 0;
             if (e < p.E) {
-                int end = __ldg(p.offsets + e), start = e || p.follows ? __ldg(p.offsets + e - 1) : 0;
-                if (e == 0) offsets[0] = start;
-                offsets[e + 1] = end;
-                tiles = (end - start + BN - 1) / BN;
+                tiles = (__ldg(p.offsets + e) - first_row(p, e) + BN - 1) / BN;
             }
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
@@ -1124,18 +1142,20 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
         barriers_ready();
     }
     __syncthreads();
-    Schedule schedule{before, offsets, p.E, (p.F + TILE_F - 1) / TILE_F};
-    u32 stages = smem_address(shared);
+    Schedule schedule{p, before, p.E, (p.F + TILE_F - 1) / TILE_F};
+    u32 stages = smem_address(shared), record = smem_address(records);
     if (thread < 128) {
         producer_registers();
-        produce(p, schedule, stages, full, empty, rows, source, thread);
+        produce(p, schedule, stages, full, empty, record, rows, source, thread);
     } else {
         consumer_registers();
         int group = (thread >> 7) - 1, warp = (thread >> 5) & 3;
         Ring ring{stages, full, empty, 0, 0};
         int total = schedule.total();
-        for (int id = blockIdx.x; id < total; id += gridDim.x) {
-            Tile t = schedule.at(id);
+        for (int id = blockIdx.x, n = 0; id < total; id += gridDim.x, ++n) {
+            Tile t;
+            barrier_wait(ring.full + ring.slot * 8, ring.phase);
+            t.read(record + n % RECORDS * 32);
             Work work;
             work.run(p, t, ring, group, warp, lane, shares);
         }

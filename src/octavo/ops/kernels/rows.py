@@ -114,15 +114,17 @@ def round_groups(value, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 @triton.jit
 def round_kernel(
     x, token_M, offsets_E, scale_EK, codes, scales, num_rows, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, GATHER: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr,
+    GROUP: tl.constexpr, SORTED: tl.constexpr, GATHER: tl.constexpr, FOLD: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     e = 0
     start = pid * BM
     end = num_rows
-    live = start < num_rows
-    if BY_EXPERT:
+    if SORTED:
+        end = tl.load(offsets_E + E - 1)
+    live = start < end
+    if FOLD:
         tiles = expert_tiles(offsets_E, 0, E, E, EP, BM)
         e = tl.sum((tiles <= pid).to(tl.int32), 0)
         live = e < E
@@ -263,10 +265,11 @@ def round_rows(
         return rounded
     num_experts = 1 if offsets_E is None else offsets_E.shape[0]
     cut = cut or Cut(max(1, min(4, 16384 // block)), 0, 4)
-    grid = ceil_div(num_rows, cut.rows) + (0 if offsets_E is None else num_experts)
+    # only a scale to fold in asks whose rows these are, and finding that costs more than rounding four of them
+    grid = ceil_div(num_rows, cut.rows) + (0 if fold_EK is None else num_experts)
     round_kernel[(grid,)](
         x, token_M, offsets_E, fold_EK, rounded.codes, rounded.scales, num_rows, K=cols, E=num_experts,
-        EP=max(16, triton.next_power_of_2(num_experts)), GROUP=size, BY_EXPERT=offsets_E is not None,
+        EP=max(16, triton.next_power_of_2(num_experts)), GROUP=size, SORTED=offsets_E is not None,
         GATHER=token_M is not None, FOLD=fold_EK is not None, BM=cut.rows, BK=block, WIDE=INTERPRETED,
         num_warps=cut.warps,
     )  # fmt: skip
