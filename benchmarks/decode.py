@@ -81,7 +81,7 @@ def expert_layer_us(model: nn.Module, tokens: int) -> tuple[float, float]:
     # 80 calls in turn, so that launches of one graph do not show; the codes of one call stay in the L2 for the next
     calls = 80
     with torch.no_grad():
-        ms = graph_ms(lambda: [experts(x, index, p) for _ in range(calls)])
+        ms = graph_ms(lambda: [experts(x, index, p) for _ in range(calls)]).ms
     routed = index.unique().numel() * 3 * sizes.hidden_size * sizes.moe_intermediate_size
     return ms * 1e3 / calls, routed / BYTES_PER_SECOND * 1e6
 

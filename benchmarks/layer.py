@@ -74,8 +74,8 @@ def line(found: Measured, row: dict[str, object] | None) -> str:
         return found.problem.upper() if found.problem.startswith("wrong") else found.problem
     ratio = "" if row["ratio"] is None else f"x{row['ratio']:5.2f}"
     return (
-        f"{row['ms']:8.3f} ms  {ratio:6s}  eager {row['eager_ms']:8.3f}  err {row['rel_err']:.1e}  "
-        f"{row['peak_transient_mib']:.0f} MiB  {row['pass']}"
+        f"{row['ms']:8.3f} ms  {ratio:6s}  busy {row['busy_ms'] or 0:8.3f}  eager {row['eager_ms']:8.3f}  "
+        f"err {row['rel_err']:.1e}  {row['peak_transient_mib']:.0f} MiB  {row['pass']}"
     )
 
 

@@ -41,13 +41,13 @@ def main() -> None:
                 for transposed in (False, True):
                     x = torch.randn(rows, features if transposed else columns, device="cuda", dtype=torch.bfloat16)
                     right = plain if transposed else plain.T
-                    found, exact = [f"bfloat16 {1e3 * graph_ms(partial(torch.matmul, x, right)):.0f}"], None
+                    found, exact = [f"bfloat16 {1e3 * graph_ms(partial(torch.matmul, x, right)).ms:.0f}"], None
                     for name, engine in ways(layout).items():
                         run = partial(engine.linear, x, weight, transposed=transposed)
                         y = run().double()
                         exact = y if exact is None else exact
                         error = ((y - exact).norm() / exact.norm()).item()
-                        found.append(f"{name} {1e3 * graph_ms(run):.0f} ({error:.1e})")
+                        found.append(f"{name} {1e3 * graph_ms(run).ms:.0f} ({error:.1e})")
                     way = "input gradient" if transposed else "forward"
                     print(f"{features:6d} x {columns:5d} {layout.kind:8s} {rows:5d} {way:15s}", *found, flush=True)
 

@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 SMALL = ["--experts", "4", "--top-k", "2", "--hidden", "128", "--intermediate", "64", "--tokens", "48"]
 # the schema of benchmarks/results
 ROW = {
-    "model", "layout", "tokens", "numerics", "engine", "lora_rank", "pass", "ms", "eager_ms", "floor_ms", "ratio",
-    "transposed", "peak_transient_mib", "shared_buffer_mib", "rel_err", "device", "torch", "triton", "commit",
+    "model", "layout", "tokens", "numerics", "engine", "lora_rank", "pass", "ms", "busy_ms", "eager_ms", "floor_ms",
+    "ratio", "transposed", "peak_transient_mib", "shared_buffer_mib", "rel_err", "device", "torch", "triton", "commit",
 }  # fmt: skip
 
 

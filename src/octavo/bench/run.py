@@ -155,7 +155,8 @@ def _row(case: LayerCase, way: Way, step: Callable[[], object], error: float) ->
     device, name = case.device, device_name(case.device)
     eager = wall_ms(step, device)
     captures = device.type == "cuda" and way.captures
-    ms = graph_ms(step) if captures else eager
+    replayed = graph_ms(step) if captures else None
+    ms = eager if replayed is None else replayed.ms
     floor = floor_ms(case.shape, case.tokens, name) if way.gradients is None else None
     peak = transient_mib(step, device)
     return {
@@ -168,6 +169,7 @@ def _row(case: LayerCase, way: Way, step: Callable[[], object], error: float) ->
         "pass": way.passes,
         "ms": round(ms, 4),
         "eager_ms": round(eager, 4),
+        "busy_ms": None if replayed is None else round(replayed.busy_ms, 4),
         "floor_ms": None if floor is None else round(floor, 4),
         "ratio": None if floor is None else round(ms / floor, 3),
         "transposed": way.transposed,

@@ -27,7 +27,6 @@ class _Map(ctypes.Structure):
         ("strides", ctypes.c_uint64 * 3),
         ("box", ctypes.c_uint64 * 4),
         ("size", ctypes.c_uint64),
-        ("swizzle", ctypes.c_uint64),
     ]
 
 
@@ -38,7 +37,7 @@ def written(*facts: object) -> "ctypes.Array[ctypes.c_uint64]":
     dims, box = (*found.dims, *[1] * fill), (*found.box, *[1] * fill)
     record = _Map(
         found.address, (ctypes.c_uint64 * 4)(*dims), (ctypes.c_uint64 * 3)(*found.strides, *[0] * fill),
-        (ctypes.c_uint64 * 4)(*box), found.size, found.swizzle,
+        (ctypes.c_uint64 * 4)(*box), found.size,
     )  # fmt: skip
     words = (ctypes.c_uint64 * 16)()
     ctypes.memmove(words, ctypes.addressof(record), ctypes.sizeof(record))

@@ -224,15 +224,15 @@ static void fence_async() {}
 static void producer_registers() {}
 static void consumer_registers() {}
 
-// A tensor map as tests write it: address, dims[4], strides[3], box[4], size, swizzle.
+// A tensor map as tests write it: address, dims[4], strides[3], box[4], size.
 struct Map {
-    u64 address, dims[4], strides[3], box[4], size, swizzle;
+    u64 address, dims[4], strides[3], box[4], size;
 };
 static void fetch_box(u32 to, const void* map, u32 bar, const int (&start)[4]) {
     const Map& m = *(const Map*)map;
     u32 line = m.box[0] * m.size, at = to;
-    if (to % 1024 && m.swizzle == 128) fail("a box of 128-byte swizzle at an odd address", to);
-    if (line > m.swizzle) fail("a box wider than its swizzle", line);
+    if (to % 1024) fail("a box of 128-byte swizzle at an odd address", to);
+    if (line > 128) fail("a box wider than its swizzle", line);
     if (start[0] * m.size % 16) fail("a box from an odd column", start[0]);
     for (u64 d = 0; d < m.box[3]; ++d)
         for (u64 c = 0; c < m.box[2]; ++c)
@@ -245,7 +245,7 @@ static void fetch_box(u32 to, const void* map, u32 bar, const int (&start)[4]) {
                     if (inside)
                         value = ((const u8*)m.address)[x[0] * m.size + byte % m.size + x[1] * m.strides[0] +
                                                       x[2] * m.strides[1] + x[3] * m.strides[2]];
-                    *shared_at(swizzled(at + byte, m.swizzle), 1) = value;
+                    *shared_at(swizzled(at + byte, 128), 1) = value;
                 }
     Barrier& b = barrier(bar);
     b.bytes -= at - to;

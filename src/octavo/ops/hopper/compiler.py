@@ -37,7 +37,6 @@ class Mode:
     scale: int
     stage: int
     tokens: int
-    products: int = 2
     bank: bool = False
     outer: bool = False
     peaks: bool = False
@@ -45,7 +44,7 @@ class Mode:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a producer's and of a consumer's thread."""
-        return (40, 232) if self.scale == SLAB or self.tokens * self.products > 256 else (56, 224)
+        return (40, 232) if self.scale == SLAB or self.tokens > 128 else (56, 224)
 
     @property
     def columns(self) -> int:
@@ -119,7 +118,6 @@ def macros(mode: Mode) -> list[str]:
         "BN": mode.tokens,
         "COLUMNS": mode.columns,
         "EVERY_LANE": EVERY_LANE,
-        "MT": mode.products,
     }
     return [f"-D{name}={int(value)}" for name, value in values.items()]
 

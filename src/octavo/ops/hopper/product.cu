@@ -15,7 +15,6 @@
 //   SCALE  how the weight's scales are applied: see below.
 //   BN     tokens of a tile, a multiple of 32.
 //   COLUMNS of a multiplication: BN, or 128 features with TOKENS_LEFT.
-//   MT     64-feature products per consumer: 2, or 1 with up to 256 tokens, where a weight is widened half as often.
 //   STAGE  STORE: out [M, F].  SWIGLU: z = [gate, up] [M, 2F] and h [M, F].  GRADIENT: dz [M, 2F] from z and the
 //             product dh, and each row's share of <dh, h>.
 //   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
@@ -26,7 +25,7 @@
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
-// product has gates and the second ups; with MT = 1, row g has gates and row g + 8 ups of one feature. With TOKENS_LEFT
+// product has gates and the second ups. With TOKENS_LEFT
 // it owns tokens g and g + 8 of each 16 and features 4q .. 4q + 3 of each 16.
 
 // `instructions.cuh` comes before.
@@ -38,8 +37,9 @@ enum { STORE = 0, SWIGLU = 1, GRADIENT = 2 };
 // activations too (with FLIP these have one scale a row).
 enum { NONE = 0, COLUMN = 1, TABLE = 2, SLAB = 3 };
 
+constexpr int MT = 2;                 // multiplications of 64 features side by side of a consumer
 constexpr int BF = MT * 128;          // features of a tile, both consumers (SWIGLU: half of them gates)
-constexpr int BC = MT == 2 && !BANK ? 128 : 64;   // contraction of a step
+constexpr int BC = BANK ? 64 : 128;   // contraction of a step
 constexpr int KS = BC / 16;           // bfloat16 multiplications of a step
 constexpr int A_BYTES = BF * BC * (BANK ? 2 : 1);
 constexpr int B_BYTES = WIDE ? BN * BC * 2 : BN * BC;
@@ -59,7 +59,7 @@ constexpr bool DUAL = STAGE == SWIGLU;
 constexpr bool TOKENS_LEFT = SCALE == SLAB && !FLIP;
 constexpr int TILES = TOKENS_LEFT ? BN / 64 : MT;   // multiplications side by side of a consumer
 constexpr int SUMS = COLUMNS / 2;                   // of each, in a thread
-static_assert(COLUMNS == (TOKENS_LEFT ? 128 : BN) && (!TOKENS_LEFT || (MT == 2 && BN % 64 == 0)), "");
+static_assert(COLUMNS == (TOKENS_LEFT ? 128 : BN) && (!TOKENS_LEFT || BN % 64 == 0), "");
 constexpr int TILE_F = DUAL ? BF / 2 : BF;
 constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
 constexpr bool DRAINS = !WIDE && (FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
@@ -214,9 +214,6 @@ __device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int 
         } else if (FLIP) {
             // MT boxes of BC contraction rows, 128 features each
             tensor3(to + half * (128 * BC), map, bar, t.feature0 + half * 128, step * BC, t.expert);
-        } else if (DUAL && MT == 1) {
-            // 64 features, gates and ups
-            tensor4(to, map, bar, step * BC, (t.expert * p.w_rows + t.feature0) >> 3);
         } else {
             // 2 * MT boxes of 64 features
 #pragma unroll
@@ -289,7 +286,7 @@ struct Table {
             if (FLIP) {
                 int row = min(step * BC + (thread & (BC - 1)), p.C - 1);
                 ahead[0] = weight_scale(p, t.expert, row, t.feature0);
-                if (MT == 2) ahead[1] = weight_scale(p, t.expert, row, t.feature0 + 128);
+                ahead[1] = weight_scale(p, t.expert, row, t.feature0 + 128);
             } else of_slab(p, t, step);
         }
     }
@@ -297,7 +294,7 @@ struct Table {
         if (WIDE && SCALE == TABLE) {
             u16 hi, lo;
             if (FLIP) {
-                // per pair of contraction rows: {hi, hi}, {lo, lo}; with MT = 2 for each 128 features
+                // per pair of contraction rows: {hi, hi}, {lo, lo}, for each 128 features
                 if (thread < BC) {
 #pragma unroll
                     for (int i = 0; i < MT; ++i) {
@@ -350,11 +347,6 @@ __device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part,
 // Which of the weight's (or the output's) features lies in line r of a tile, and whether it is one.
 __device__ __forceinline__ int feature_of(const Params& p, const Tile& t, int r, bool& inside) {
     int g = r & 7, half = (r >> 3) & 1, warp = (r >> 4) & 3, block = r >> 6;
-    if (DUAL && MT == 1) {
-        int f = t.feature0 + block * 32 + warp * 8 + g;
-        inside = f < p.F;
-        return f + half * p.F;
-    }
     int f = warp * 16 + 2 * g + half;
     if (DUAL) {
         f += t.feature0 + (block >> 1) * 64;
@@ -458,10 +450,15 @@ struct Ring {
     u32 stages, full, empty;
     int slot;
     u32 phase;
-    __device__ __forceinline__ u32 wait() {
+    // for what threads read themselves
+    __device__ __forceinline__ u32 look() const {
         barrier_wait(full + slot * 8, phase);
-        fence_async();   // rows came by ordinary copies, and the tensor cores read them
         return stages + slot * STAGE_BYTES;
+    }
+    __device__ __forceinline__ u32 wait() const {
+        u32 base = look();
+        fence_async();   // rows came by ordinary copies, and the tensor cores read them
+        return base;
     }
     __device__ __forceinline__ int next() {
         int was = slot;
@@ -528,14 +525,13 @@ struct Work {
                     at[tile] = base + (block >> 1) * (128 * BC) + lane * 128 + ((chunk ^ (lane & 7)) * 16);
                 } else {
                     u32 line = block * 64 + warp * 16 + ((lane >> 3) & 1) * 8 + (lane & 7);
-                    u32 turn = BC == 128 ? lane & 7 : (lane >> 1) & 3;
-                    at[tile] = base + line * BC + (((lane >> 4) ^ turn) * 16);
+                    at[tile] = base + line * BC + (((lane >> 4) ^ (lane & 7)) * 16);
                 }
             }
             fetch(0);
             if (SCALE == TABLE) {
                 if (FLIP) {
-                    table += (MT == 2 ? group * 512 : 0) + (lane & 3) * 8;
+                    table += group * 512 + (lane & 3) * 8;
                     fetch_scales(0);
                 } else {
                     // of gates and of ups, or of this consumer's features
@@ -569,7 +565,7 @@ struct Work {
                 for (int i = 0; i < 4 && SCALE == TABLE; ++i) {
                     if (FLIP) a[tile][i] = fma_bf16(a[tile][i], y[i & 2], mul_bf16(a[tile][i], y[(i & 2) + 1]));
                     else {
-                        int which = DUAL ? (MT == 2 ? tile : i & 1) : 0;
+                        int which = DUAL ? tile : 0;
                         a[tile][i] = fma_bf16(a[tile][i], ahead.hi[which], mul_bf16(a[tile][i], ahead.lo[which]));
                     }
                 }
@@ -766,7 +762,6 @@ struct Work {
         // the first of this thread's features in product 0
         int f = t.feature0;
         if (TOKENS_LEFT) f += group * (DUAL ? 64 : 128) + 4 * q;
-        else if (DUAL && MT == 1) f += group * 32 + warp * 8 + g;
         else f += group * 64 * (DUAL ? 1 : MT) + warp * 16 + 2 * g;
         float column[2 * MT];
 #pragma unroll
@@ -774,7 +769,7 @@ struct Work {
             column[i] = 1.f;
             if (SCALE == COLUMN) {
                 int tile = i >> 1, half = i & 1, row = f + half + tile * 64;
-                if (DUAL) row = min(f, p.F - 1) + (MT == 2 ? min(half, p.F - 1) + tile * p.F : half * p.F);
+                if (DUAL) row = min(f, p.F - 1) + min(half, p.F - 1) + tile * p.F;
                 column[i] = weight_scale(p, t.expert, row, 0) * (WIDE ? ROWS_UP : 1.f);
             }
         }
@@ -920,36 +915,25 @@ struct Work {
     }
 
     __device__ __forceinline__ void swiglu(const Params& p, const Tile& t, int lane, int f) {
-        int g = lane >> 2, q = lane & 3;
-        // with MT = 1 a thread keeps one of its two tokens, and neighbours trade for the other feature
-        int odd = MT == 1 ? g & 1 : 0, first = 2 * q + odd, u = MT == 1 ? g >> 1 : g;
-        f -= odd;
+        int g = lane >> 2, first = 2 * (lane & 3);
         int live = f < p.F ? t.rows - first : 0;
         u16* to = p.out + (long long)(t.row0 + first) * (2 * p.F) + f;
         // h is stored as the next product reads it: even columns of each 16 first, then odd ones
-        int where = WIDE ? (f & ~15) + (u & 1) * 8 + ((f & 15) >> 1) - (u & 1) : f;
+        int where = WIDE ? (f & ~15) + (g & 1) * 8 + ((f & 15) >> 1) - (g & 1) : f;
         u16* to_h = p.h + (long long)(t.row0 + first) * p.F + where;
 #pragma unroll
         for (int j = 0; j < BN / 8; ++j)
 #pragma unroll
-            for (int i = 0; i < (MT == 1 ? 1 : 2); ++i) {
-                u32 gates, ups;
-                if (MT == 1) {
-                    u32 low = pack_bf16(acc[0][4 * j], acc[0][4 * j + 2]), high = pack_bf16(acc[0][4 * j + 1], acc[0][4 * j + 3]);
-                    u32 got = __shfl_xor_sync(0xFFFFFFFF, odd ? low : high, 4);
-                    gates = odd ? pick(got, high, 0x5410) : pick(low, got, 0x5410);
-                    ups = odd ? pick(got, high, 0x7632) : pick(low, got, 0x7632);
-                } else {
-                    gates = pack_bf16(acc[0][4 * j + i], acc[0][4 * j + 2 + i]);
-                    ups = pack_bf16(acc[MT - 1][4 * j + i], acc[MT - 1][4 * j + 2 + i]);
-                }
+            for (int i = 0; i < 2; ++i) {
+                u32 gates = pack_bf16(acc[0][4 * j + i], acc[0][4 * j + 2 + i]);
+                u32 ups = pack_bf16(acc[1][4 * j + i], acc[1][4 * j + 2 + i]);
                 // from the rounded z, so that backward computes the same h again
                 float gate[2] = {low_bf16(gates), high_bf16(gates)};
                 u32 value = pack_bf16(gate[0] * sigmoid(gate[0]) * low_bf16(ups) * (WIDE ? ROWS_UP : 1.f),
                                       gate[1] * sigmoid(gate[1]) * high_bf16(ups) * (WIDE ? ROWS_UP : 1.f));
                 if (WIDE) {
-                    u32 other = __shfl_xor_sync(0xFFFFFFFF, value, MT == 1 ? 8 : 4);
-                    value = u & 1 ? pick(other, value, 0x7632) : pick(value, other, 0x5410);
+                    u32 other = __shfl_xor_sync(0xFFFFFFFF, value, 4);
+                    value = g & 1 ? pick(other, value, 0x7632) : pick(value, other, 0x5410);
                 }
                 bool stored = 8 * j + i < live;
                 u16* line = to + (8 * j + i) * (2 * p.F);
@@ -989,7 +973,7 @@ struct Work {
         u32 at_xa = Z_BYTES + (lane & 15) * (RANKS * 2) + (lane >> 4) * 16;
 #pragma unroll
         for (int part = 0; part < BN / ZT; ++part) {
-            u32 base = ring.wait(), table = base + A_BYTES + B_BYTES + 8 * q;
+            u32 base = ring.look(), table = base + A_BYTES + B_BYTES + 8 * q;
             float sums[8], tops[8];
             u32 left[MT][4];   // OUTER: a feature's tokens 2q and 2q + 1 of eight, then of the next eight
 #pragma unroll
@@ -1154,7 +1138,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
         int total = schedule.total();
         for (int id = blockIdx.x, n = 0; id < total; id += gridDim.x, ++n) {
             Tile t;
-            barrier_wait(ring.full + ring.slot * 8, ring.phase);
+            ring.look();
             t.read(record + n % RECORDS * 32);
             Work work;
             work.run(p, t, ring, group, warp, lane, shares);

@@ -16,8 +16,8 @@ from octavo.ops.hopper.compiler import COLUMN, GRADIENT, NONE, SLAB, STORE, SWIG
 from octavo.ops.weights import storage
 
 MAX_EXPERTS = 1024
-FEATURES = 128
-"""Features of a tile per product (with SwiGLU half of them gates)."""
+FEATURES = 256
+"""Of a tile; with SwiGLU half of them gates."""
 RANKS = 16
 """Up to how many ranks the gate's gradient also sums the gradient of LoRA's A."""
 ROWS_UP = 60
@@ -102,7 +102,7 @@ def _magic(divisor: int) -> int:
 @dataclass(frozen=True)
 class TensorMap:
     """How tiles of a weight lie in memory: ``dims`` and ``box`` in elements of ``size`` bytes, innermost first;
-    ``strides`` in bytes, of all dimensions but the innermost; ``swizzle`` in bytes.
+    ``strides`` in bytes, of all dimensions but the innermost. A line of a box has 128 bytes, which are swizzled.
     """
 
     address: int
@@ -110,39 +110,31 @@ class TensorMap:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     size: int
-    swizzle: int
 
 
-def tensor_map(
-    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int, bank: bool
-) -> TensorMap:
+def tensor_map(address: int, experts: int, rows: int, cols: int, flip: bool, bank: bool) -> TensorMap:
     """By which tiles of a weight [experts, rows, cols] are fetched.
 
     A tile that is not flipped brings its rows in the order of wgmma's fragments: of a thread's 4 neighbouring features,
-    each goes to another of 4 row positions 8 apart (2 of 2 with ``dual``).
+    each goes to another of 4 row positions 8 apart.
     """
-    step = 128 if products == 2 and not bank else 64
+    step = 64 if bank else 128
     size = 2 if bank else 1
     line = cols * size
     if flip:
-        return TensorMap(address, (cols, rows, experts), (line, rows * line), (128 // size, step, 1), size, 128)
-    swizzle = 64 if step * size == 64 else 128
-    if dual and products == 1:
-        # a gate and an up feature side by side
-        dims, strides = (cols, 8, 2, experts * rows // 8), (line, rows // 2 * line, 8 * line)
-        return TensorMap(address, dims, strides, (step, 8, 2, 8), size, swizzle)
+        return TensorMap(address, (cols, rows, experts), (line, rows * line), (128 // size, step, 1), size)
     dims, strides = (cols, 8, 2, experts * rows // 16), (2 * line, line, 16 * line)
-    return TensorMap(address, dims, strides, (step, 8, 2, 4), size, swizzle)
+    return TensorMap(address, dims, strides, (step, 8, 2, 4), size)
 
 
 @lru_cache(maxsize=4096)
 def _encoded(
-    address: int, experts: int, rows: int, cols: int, flip: bool, dual: bool, products: int, bank: bool
+    address: int, experts: int, rows: int, cols: int, flip: bool, bank: bool
 ) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map as the hardware reads it."""
     from cuda.bindings import driver
 
-    found = tensor_map(address, experts, rows, cols, flip, dual, products, bank)
+    found = tensor_map(address, experts, rows, cols, flip, bank)
     status, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if found.size == 2
         else driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -150,8 +142,7 @@ def _encoded(
         [driver.cuuint64_t(n) for n in found.dims], [driver.cuuint64_t(n) for n in found.strides],
         [driver.cuuint32_t(n) for n in found.box], [driver.cuuint32_t(1)] * len(found.dims),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B if found.swizzle == 128
-        else driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip
@@ -164,7 +155,7 @@ def straddles(weight: Float8Weight) -> bool:
     """Whether the blocks of two parts meet among the features of a tile, which read one scale: a product that is not
     flipped takes such a weight with ``h`` alone, where gates and ups have tiles of their own.
     """
-    return weight.parts > 1 and weight.block[1] < weight.in_features and weight.rows % FEATURES != 0
+    return weight.parts > 1 and weight.block[1] < weight.in_features and weight.rows % (FEATURES // 2) != 0
 
 
 def product(
@@ -178,7 +169,6 @@ def product(
     h: Tensor | None = None,
     gradient: GateGradient | None = None,
     tokens: int = 128,
-    products: int = 2,
     bank: Bank | None = None,
 ) -> None:
     """Write ``out``: ``rows · Wᵀ`` (``rows · W`` with ``flip``) [M, F]; z [M, 2F] with ``h`` [M, F]; or dz [M, 2F]
@@ -208,7 +198,7 @@ def product(
     values = storage(weight)[0] if bank is None else bank.values
     first, num_experts = (0, weight.num_experts) if bank is None else (bank.first, bank.values.shape[0])
     grid_n, grid_k = weight.scales.shape[2:]
-    encoded = _encoded(_address(values), *values.shape, flip, h is not None, products, bank is not None)
+    encoded = _encoded(_address(values), *values.shape, flip, bank is not None)
     params = _Params(
         encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
@@ -221,7 +211,7 @@ def product(
         gradient is not None and gradient.p_M.dtype == torch.float32, first > 0, _magic(weight.block[0]),
         _magic(weight.block[1]),
     )  # fmt: skip
-    tile = products * FEATURES // (2 if h is not None else 1)
+    tile = FEATURES // (2 if h is not None else 1)
     most = (-(-num_rows // tokens) + num_experts) * -(-features // tile)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     outer = gradient is not None and gradient.sums is not None
@@ -234,5 +224,5 @@ def product(
         assert gradient is not None
         assert not wide
         assert (gradient.fold is None) == (scale == SLAB)
-    mode = Mode(wide, flip, scale, stage, tokens, products, bank is not None, outer, peaks)
+    mode = Mode(wide, flip, scale, stage, tokens, bank is not None, outer, peaks)
     launch(mode, out.device, most, ctypes.addressof(pointers))
