@@ -3,8 +3,8 @@
     python -m benchmarks.choice benchmarks/results/layer-h200.json --architecture sm90
 
 Prints the rules; with ``--write`` puts them in the place of the expert rules of that architecture. Per numerics and
-layout the engine changes half-way (geometrically) between two measured sizes whose fastest engines differ. The other
-rules, and those that nobody measured, stay as they are.
+layout, by the times of a GPU that never rests, the engine changes half-way (geometrically) between two measured sizes
+whose fastest engines differ. The other rules, and those that nobody measured, stay as they are.
 """
 
 import argparse
@@ -29,7 +29,8 @@ def steps(rows: list[dict]) -> list[list]:
     rows = sorted(rows, key=rows_per_expert)
     fastest = []
     for size, some in groupby(rows, rows_per_expert):
-        ms = {row["engine"]: row["ms"] for row in some}
+        # training does not rest between steps
+        ms = {row["engine"]: row.get("busy_ms") or row["ms"] for row in some}
         best = min(ms, key=ms.__getitem__)
         # no change of engine for less than the spread of two runs
         if fastest and ms.get(fastest[-1][1], math.inf) <= 1.03 * ms[best]:

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import octavo
+from octavo import demo
 from octavo.errors import CheckpointError, EngineError
 from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import quantize
+from octavo.integrations.quantizer import OctavoQuantizer
 from octavo.nn.experts import DenseExperts, Float8Experts
 from octavo.nn.linear import Float8Linear
 from octavo.nn.settings import Settings
@@ -381,3 +383,20 @@ def test_a_static_activation_scale_of_an_fp8_head_is_checked_and_kept(tmp_path: 
     edit_tensors(case.folder, lambda tensors: tensors["lm_head.input_scale"].fill_(float("nan")))
     with pytest.raises(CheckpointError, match=r"model.safetensors: lm_head.input_scale'"):
         octavo.load_model(case.folder)
+
+
+def test_small_tensors_are_not_reserved_twice(monkeypatch: pytest.MonkeyPatch):
+    """torch has blocks of their own for them on a GPU; transformers reserves the rest in one piece."""
+    found: list[float] = []
+
+    def finished(self, model: nn.Module, **_: object) -> object:
+        for rows in (1 << 9, (1 << 9) + 1):
+            found.append(
+                self.param_element_size(model, "lm_head.weight", torch.empty(rows, 1 << 10, dtype=torch.bfloat16))
+            )
+        return process(self, model)
+
+    process = OctavoQuantizer._process_model_after_weight_loading
+    monkeypatch.setattr(OctavoQuantizer, "_process_model_after_weight_loading", finished)
+    octavo.load_model(demo.checkpoint("qwen-tiny"))
+    assert found == [0, 2]

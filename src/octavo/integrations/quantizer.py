@@ -40,6 +40,11 @@ logger = logging.getLogger("octavo")
 
 PRIVATE_METHOD = "octavo"
 
+_SMALL_BYTES = 1 << 20
+"""Up to this size torch serves a GPU's tensors from blocks of their own: what is reserved in one piece for them as well
+is reserved twice.
+"""
+
 Residence = Literal["resident", "host"]
 """Where FP8 experts are kept: where they compute, or in host memory."""
 
@@ -176,11 +181,11 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return self._host.empty(target.shape, TORCH_DTYPES[target.dtype])
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """What a parameter takes of its device per element; transformers reserves that there."""
+        """What a parameter takes per element of the piece that transformers reserves on its device."""
         if param_name.removesuffix("_scale") in self._on_host:
             return 0
         size: float = super().param_element_size(model, param_name, param)
-        return size
+        return 0 if size * param.numel() <= _SMALL_BYTES else size
 
     def _swap_experts(self, module: nn.Module, stacks: dict[str, Float8Target]) -> None:
         layout = experts_layout(module)
