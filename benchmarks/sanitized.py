@@ -62,8 +62,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a part of KIND.ENGINE.NUMERICS.LAYOUT")
     parser.add_argument("--tokens", type=int, default=333)
     parser.add_argument("--every-lane", action="store_true")
+    parser.add_argument("--blocks", type=int, default=2, help="of a product for Hopper, so that each has several tiles")
     args = parser.parse_args()
-    compiler.EVERY_LANE = args.every_lane
+    compiler.EVERY_LANE, compiler.MOST_BLOCKS = args.every_lane, args.blocks
     wrong = []
     for layout, kind, (engine, numerics) in product(LAYOUTS, (KernelEngine, HopperEngine), MODES):
         name = f"{kind.__name__}.{engine}.{numerics}.{layout}"

@@ -385,8 +385,11 @@ def test_a_static_activation_scale_of_an_fp8_head_is_checked_and_kept(tmp_path: 
         octavo.load_model(case.folder)
 
 
-def test_small_tensors_are_not_reserved_twice(monkeypatch: pytest.MonkeyPatch):
-    """torch has blocks of their own for them on a GPU; transformers reserves the rest in one piece."""
+@pytest.mark.parametrize("spread", [False, True])
+def test_small_tensors_are_not_reserved_twice(monkeypatch: pytest.MonkeyPatch, spread: bool):
+    """torch has blocks of their own for them on a GPU; transformers reserves the rest in one piece. Where it fills
+    several devices by what a tensor takes, they count.
+    """
     found: list[float] = []
 
     def finished(self, model: nn.Module, **_: object) -> object:
@@ -398,5 +401,5 @@ def test_small_tensors_are_not_reserved_twice(monkeypatch: pytest.MonkeyPatch):
 
     process = OctavoQuantizer._process_model_after_weight_loading
     monkeypatch.setattr(OctavoQuantizer, "_process_model_after_weight_loading", finished)
-    octavo.load_model(demo.checkpoint("qwen-tiny"))
-    assert found == [0, 2]
+    octavo.load_model(demo.checkpoint("qwen-tiny"), device_map="auto" if spread else "cpu")
+    assert found == ([2, 2] if spread else [0, 2])

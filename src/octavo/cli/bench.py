@@ -116,5 +116,6 @@ def _line(found: Measured) -> str:
     floor = "" if row["ratio"] is None else f"  {row['ratio']:6.2f} x floor"
     memory = "" if row["peak_transient_mib"] is None else f"  {row['peak_transient_mib']:7.0f} MiB"
     what = "" if row["pass"] == "fwd+bwd" else f"  ({row['pass']}, {row['layout']} scales, no LoRA, eager)"
-    times = f"{row['ms']:9.3f} ms{floor}  eager {row['eager_ms']:9.3f}{memory}"
+    busy = "" if row["busy_ms"] is None else f"  busy {row['busy_ms']:9.3f}"
+    times = f"{row['ms']:9.3f} ms{floor}{busy}  eager {row['eager_ms']:9.3f}{memory}"
     return f"  {label} {times}  error {row['rel_err']:.1e}" + ("  <- auto" if way.picked else what)

@@ -181,11 +181,14 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return self._host.empty(target.shape, TORCH_DTYPES[target.dtype])
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """What a parameter takes per element of the piece that transformers reserves on its device."""
+        """What a parameter takes of its device per element. transformers reserves that there in one piece, for a load
+        onto one device; for several it is what they are filled by.
+        """
         if param_name.removesuffix("_scale") in self._on_host:
             return 0
         size: float = super().param_element_size(model, param_name, param)
-        return 0 if size * param.numel() <= _SMALL_BYTES else size
+        reserved = self.quantization_config.delivery is not None
+        return 0 if reserved and size * param.numel() <= _SMALL_BYTES else size
 
     def _swap_experts(self, module: nn.Module, stacks: dict[str, Float8Target]) -> None:
         layout = experts_layout(module)

@@ -128,7 +128,7 @@ static u32 lds32(u32 a) { return load_shared<u32>(a); }
 static void lds64(u32 a, u32& x, u32& y) { u64 v = load_shared<u64>(a); x = (u32)v, y = (u32)(v >> 32); }
 static u64 lds_address(u32 a) { return load_shared<u64>(a); }
 static float ldsf(u32 a) { return load_shared<float>(a); }
-static void lds128(u32 a, u32 (&x)[4]) { lds64(a, x[0], x[1]), lds64(a + 8, x[2], x[3]); }
+static void lds128(u32 a, u32 (&x)[4]) { shared_at(a, 16), lds64(a, x[0], x[1]), lds64(a + 8, x[2], x[3]); }
 static void lds_float4(u32 a, float (&x)[4]) {
     shared_at(a, 16);
     for (int i = 0; i < 4; ++i) x[i] = ldsf(a + 4 * i);
@@ -136,7 +136,7 @@ static void lds_float4(u32 a, float (&x)[4]) {
 static void lds_float2(u32 a, float& x, float& y) { shared_at(a, 8); x = ldsf(a), y = ldsf(a + 4); }
 static void sts32(u32 a, u32 v) { store_shared(a, v); }
 static void sts64(u32 a, u32 x, u32 y) { store_shared(a, (u64)y << 32 | x); }
-static void sts128(u32 a, u32 x, u32 y, u32 z, u32 w) { sts64(a, x, y), sts64(a + 8, z, w); }
+static void sts128(u32 a, u32 x, u32 y, u32 z, u32 w) { shared_at(a, 16), sts64(a, x, y), sts64(a + 8, z, w); }
 static void sts16(u32 a, u16 v) { store_shared(a, v); }
 static void stsf(u32 a, float v) { store_shared(a, v); }
 

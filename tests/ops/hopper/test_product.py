@@ -13,8 +13,9 @@ from torch import Tensor
 from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import Float8Weight, quantize
 from octavo.ops.hopper.compiler import Mode
-from octavo.ops.hopper.engine import tile_sizes
+from octavo.ops.hopper.engine import tile_sizes, tokens_of_tile
 from octavo.ops.hopper.product import RANKS, ROWS_UP, Bank, GateGradient, LoraStep, Rows, product
+from tests.ops.hopper import conftest
 
 GUARD = 7
 """Rows past the last offset, which nobody may write."""
@@ -135,6 +136,24 @@ def test_store(launched: list[Mode], layout: ScaleLayout, flip: bool, rounded: b
     [mode] = launched
     assert (mode.wide, mode.flip, mode.tokens) == (not rounded, flip, tokens)
     close(out, case.expected(), ROUNDED if rounded or (layout.kind != "block" and not flip) else TABLE_ROUNDED)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["bfloat16", "e4m3"])
+def test_many_short_tiles(launched: list[Mode], monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
+    """Of one step each, all of them one block's: what the producer says of a tile stays until it was read."""
+    monkeypatch.setattr(conftest, "BLOCKS", 1)
+    case = Case(tuple(9 * (i % 4) for i in range(20)), 576, 96, CHANNEL, rounded=rounded, rank=0)
+    out = case.empty(case.features)
+    product(case.operand, case.weight, case.offsets_E, out, tokens=64)
+    close(out, case.expected(), ROUNDED)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_tiles_of_160_tokens(saves: bool) -> None:
+    """Where an expert's rows are a few more than 128; of long experts only where they save something."""
+    assert tokens_of_tile(128, tile_sizes(), saves=saves) == 160
+    assert tokens_of_tile(512, tile_sizes(), saves=saves) == 128
+    assert tokens_of_tile(2048, tile_sizes(), saves=saves) == (160 if saves else 128)
 
 
 @pytest.mark.parametrize("rank", [0, 8, 72])

@@ -24,6 +24,9 @@ SHARED_BYTES = 232448
 EVERY_LANE = False
 """Set before the first product, in a process that a tool watches for races; see `product.cu`. Slower."""
 
+MOST_BLOCKS: int | None = None
+"""Of a launch, for tools that want several tiles of a small product in each; else one for a multiprocessor."""
+
 STORE, SWIGLU, GRADIENT = 0, 1, 2
 NONE, COLUMN, TABLE, SLAB = 0, 1, 2, 3
 
@@ -195,7 +198,7 @@ def launch(mode: Mode, device: torch.device, most: int, arguments: int) -> None:
     """
     from cuda.bindings import driver
 
-    blocks = min(most, torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks = min(most, MOST_BLOCKS or torch.cuda.get_device_properties(device).multi_processor_count)
     stream = torch.cuda.current_stream(device).cuda_stream
     function = _kernel(mode, device.index or 0, b"product")
     (status,) = driver.cuLaunchKernel(

@@ -25,8 +25,8 @@
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
-// product has gates and the second ups. With TOKENS_LEFT
-// it owns tokens g and g + 8 of each 16 and features 4q .. 4q + 3 of each 16.
+// product has gates and the second ups. With TOKENS_LEFT it owns tokens g and g + 8 of each 16 and features 4q .. 4q + 3
+// of each 16.
 
 // `instructions.cuh` comes before.
 
@@ -138,8 +138,9 @@ __device__ __forceinline__ void split_scale(float s, u16& hi, u16& lo) {
 
 struct Tile {
     int expert, row0, rows, feature0, index_f, index;   // index: of the token tile, over all experts
-    // A record of 32 bytes, which the producer writes before a tile's first step and consumers read after it: finding
-    // a tile takes them a thousand cycles. A step later than the record by RECORDS tiles waits for one of its own tile's.
+    // A record of 32 bytes, which the producer writes before a tile's first step and consumers read when that is there:
+    // finding a tile would take them a thousand cycles. Its place is written again RECORDS tiles later, after a wait for
+    // a slot that consumers freed in a later tile than this one.
     __device__ __forceinline__ void write(u32 to) const {
         sts128(to, expert, row0, rows, feature0);
         sts64(to + 16, index_f, index);
@@ -450,14 +451,15 @@ struct Ring {
     u32 stages, full, empty;
     int slot;
     u32 phase;
-    // for what threads read themselves
+    // for what threads read themselves, and a slot that is waited for again
     __device__ __forceinline__ u32 look() const {
         barrier_wait(full + slot * 8, phase);
         return stages + slot * STAGE_BYTES;
     }
     __device__ __forceinline__ u32 wait() const {
         u32 base = look();
-        fence_async();   // rows came by ordinary copies, and the tensor cores read them
+        // rows came by ordinary copies: the tensor cores read them, and the copy engine writes in their place next
+        fence_async();
         return base;
     }
     __device__ __forceinline__ int next() {
@@ -973,7 +975,7 @@ struct Work {
         u32 at_xa = Z_BYTES + (lane & 15) * (RANKS * 2) + (lane >> 4) * 16;
 #pragma unroll
         for (int part = 0; part < BN / ZT; ++part) {
-            u32 base = ring.look(), table = base + A_BYTES + B_BYTES + 8 * q;
+            u32 base = ring.wait(), table = base + A_BYTES + B_BYTES + 8 * q;
             float sums[8], tops[8];
             u32 left[MT][4];   // OUTER: a feature's tokens 2q and 2q + 1 of eight, then of the next eight
 #pragma unroll

@@ -251,8 +251,9 @@ def round_rows(
     """``x`` [*, K] rounded to E4M3 with a scale per row and ``group`` columns (a power of two, or K), in one read.
 
     With ``offsets_E`` rows are sorted by expert, read at ``token_M`` where given, and those past the last offset are
-    not written. ``fold_EK``: float32 column scales that multiply before rounding.
+    not written. ``fold_EK``: float32 column scales of the row's expert that multiply before rounding.
     """
+    assert fold_EK is None or offsets_E is not None
     num_rows, cols = (x if token_M is None else token_M).shape[0], x.shape[1]
     block = int(triton.next_power_of_2(cols))
     # a scale per row: the padding up to a power of two is zero
