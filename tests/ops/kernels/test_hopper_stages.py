@@ -29,7 +29,7 @@ def straight(x: Tensor) -> Tensor:
 def product(
     rows: Rows, weight: Float8Weight, offsets_E: Tensor, out: Tensor, *, flip: bool = False,
     lora: LoraStep | None = None, h: Tensor | None = None, gradient: GateGradient | None = None, tokens: int,
-    products: int, bank: Bank | None = None,
+    bank: Bank | None = None,
 ) -> None:  # fmt: skip
     """Exact numerics of :func:`octavo.ops.hopper.product.product`."""
     first, dense = 0, weight.dequantize()
