@@ -5,7 +5,8 @@
 
 A layer's step is run once with the products written down; then each is launched again with the operands that it had.
 ``--only`` takes parts of MODEL.TOKENS.NUMERICS.SITE. ``--tokens 128``: with tiles of that many tokens, where there are
-such. The file is whole after every product.
+such. Each product is timed after a rest, and (busy) as one of many in a row: large ones are slower then, held by the
+card's power. The file is whole after every product.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import octavo.ops.hopper.engine as hopper
 from benchmarks.layer import engines
 from benchmarks.shapes import MODELS, TOKENS
 from octavo.bench.layer import LayerCase
-from octavo.bench.timing import launched_ms
+from octavo.bench.timing import rested_and_busy
 from octavo.ops.engines import Engine
 from octavo.ops.reference import folds_into_rows
 
@@ -71,16 +72,18 @@ def measured(case: LayerCase, numerics: str, engine: Engine, only: str, args: ar
         banked = options.get("bank") is not None
         if args.tokens and args.tokens not in hopper.tile_sizes(bank=banked, tokens_left=left):
             continue
-        us = 0.0
+        us = busy_us = 0.0
         for given, options in found[number * chunks : (number + 1) * chunks]:
             options = with_tokens(options, args.tokens)
             if args.without_maxima and options["gradient"] is not None:
                 options["gradient"] = replace(options["gradient"], fold=None, peaks=None)
-            us += 1e3 * launched_ms(partial(hopper.product, *given, **options), args.repeats)
+            found_ms = rested_and_busy(partial(hopper.product, *given, **options), args.repeats)
+            us, busy_us = us + 1e3 * found_ms.ms, busy_us + 1e3 * found_ms.busy_ms
         flops = case.shape.flops(case.tokens) / 4 * (4 / 3 if "up" in site else 2 / 3)
         yield {
-            "product": name, "us": round(us, 1), "tflops": round(flops / us / 1e6), "chunks": chunks,
-            "tokens_of_tile": args.tokens or options["tokens"], "device": torch.cuda.get_device_name(),
+            "product": name, "us": round(us, 1), "busy_us": round(busy_us, 1), "tflops": round(flops / us / 1e6),
+            "chunks": chunks, "tokens_of_tile": args.tokens or options["tokens"],
+            "device": torch.cuda.get_device_name(),
         }  # fmt: skip
 
 
@@ -102,7 +105,8 @@ def main() -> None:
             for numerics, engine in ways:
                 for row in measured(case, numerics, engine, args.only, args):
                     rows.append(row)
-                    print(f"{row['product']:32s} {row['us']:9.1f} us {row['tflops']:5d} TFLOP/s", flush=True)
+                    times = f"{row['us']:9.1f} us {row['tflops']:5d} TFLOP/s, busy {row['busy_us']:9.1f} us"
+                    print(f"{row['product']:32s} {times}", flush=True)
                     if args.out:
                         args.out.write_text(json.dumps(rows, indent=1) + "\n")
             del case

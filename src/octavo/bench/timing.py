@@ -38,16 +38,22 @@ def graph_ms(step: Step, repeats: int = 9) -> Replayed:
     device, graph = torch.device("cuda", torch.cuda.current_device()), torch.cuda.CUDAGraph()
     with capturing(graph, torch.cuda.graph_pool_handle(), capture_stream(device)):
         kept = step()
+    found = rested_and_busy(graph.replay, repeats)
+    del kept
+    return found
+
+
+def rested_and_busy(step: Step, repeats: int = 9) -> Replayed:
+    """Median GPU times of ``step``, which the host launches ahead of the GPU."""
+    torch.cuda.synchronize()
     time.sleep(REST_SECONDS)
-    rested = launched_ms(graph.replay, repeats)
+    rested = launched_ms(step, repeats)
     until = time.perf_counter() + BUSY_SECONDS
     while time.perf_counter() < until:
         for _ in range(repeats):
-            graph.replay()
+            step()
         torch.cuda.synchronize()
-    busy = launched_ms(graph.replay, repeats)
-    del kept
-    return Replayed(rested, busy)
+    return Replayed(rested, launched_ms(step, repeats))
 
 
 def launched_ms(step: Step, repeats: int = 9) -> float:

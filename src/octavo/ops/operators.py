@@ -1,4 +1,4 @@
-"""``torch.library`` operators on flat tensors: what a compiled graph sees of a layer.
+"""Custom operators of PyTorch on flat tensors: what a compiled graph sees of a layer.
 
 Each is opaque to tracing and has a fake implementation, so a compiled step has no break in the layer, whatever its
 engine runs. Engines are passed by name and chosen when the operator runs, from the tensors that it gets. Gradients
@@ -15,6 +15,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from octavo.formats.weight import Float8Weight
 from octavo.ops import stages
@@ -83,7 +84,7 @@ def _features(weight: Tensor, spec: WeightSpec) -> int:
     return weight.shape[2 if spec.transposed else 1]
 
 
-@torch.library.custom_op("octavo::mlp", mutates_args=())
+@custom_op("octavo::mlp", mutates_args=())
 def mlp(
     x: Tensor,
     index: Tensor,
@@ -123,7 +124,7 @@ def _fake_routing(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     return rows, index.new_empty(index.shape, dtype=torch.int64), index.new_empty((num_experts,), dtype=torch.int32)
 
 
-@torch.library.custom_op("octavo::mlp_inference", mutates_args=())
+@custom_op("octavo::mlp_inference", mutates_args=())
 def mlp_inference(
     x: Tensor,
     index: Tensor,
@@ -147,7 +148,7 @@ def _(x, index, p, sides, specs, gate, engine, numerics):  # type: ignore[no-unt
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("octavo::mlp_backward", mutates_args=())
+@custom_op("octavo::mlp_backward", mutates_args=())
 def mlp_backward(
     dy: Tensor,
     x: Tensor,
@@ -176,7 +177,7 @@ def _(dy, x, p, saved, routing, sides, specs, wants, gate, engine, numerics):  #
     return [like.new_empty(like.shape) for like, wanted in zip([x, p, *sides], wants, strict=True) if wanted]
 
 
-@torch.library.custom_op("octavo::up", mutates_args=())
+@custom_op("octavo::up", mutates_args=())
 def up(
     x: Tensor,
     index: Tensor,
@@ -204,7 +205,7 @@ def _(x, index, sides, specs, engine, numerics):  # type: ignore[no-untyped-def]
     return z, _skinny_shape(x, num_rows, sides[3]), *_fake_routing(index, sides[0].shape[0])
 
 
-@torch.library.custom_op("octavo::up_backward", mutates_args=())
+@custom_op("octavo::up_backward", mutates_args=())
 def up_backward(
     dz: Tensor,
     x: Tensor,
@@ -233,7 +234,7 @@ def _(dz, x, xa, routing, sides, specs, wants, engine, numerics):  # type: ignor
     return [like.new_empty(like.shape) for like, wanted in zip([x, *sides[:_SIDE]], wants, strict=True) if wanted]
 
 
-@torch.library.custom_op("octavo::down", mutates_args=())
+@custom_op("octavo::down", mutates_args=())
 def down(
     h: Tensor,
     p: Tensor,
@@ -257,7 +258,7 @@ def _(h, p, routing, sides, specs, engine, numerics):  # type: ignore[no-untyped
     return y, _skinny_shape(h, h.shape[0], sides[_SIDE + 3])
 
 
-@torch.library.custom_op("octavo::down_backward", mutates_args=())
+@custom_op("octavo::down_backward", mutates_args=())
 def down_backward(
     dy: Tensor,
     h: Tensor,
@@ -288,7 +289,7 @@ def _(dy, h, ha, p, routing, sides, specs, wants, engine, numerics):  # type: ig
     return [like.new_empty(like.shape) for like, wanted in zip([h, p, *sides[_SIDE:]], wants, strict=True) if wanted]
 
 
-@torch.library.custom_op("octavo::linear", mutates_args=())
+@custom_op("octavo::linear", mutates_args=())
 def linear(
     x: Tensor, weight: Tensor, scales: Tensor, block: list[int], transposed: bool, engine: str, numerics: str
 ) -> Tensor:

@@ -166,7 +166,7 @@ class HopperEngine(KernelEngine):
         if swiglu:
             if lora_B is not None and lora is not None:
                 if lora.xa.shape[1] <= RANKS and self._way("down_grad", weight) != "bank":
-                    tokens = self._tokens("down_grad", rows, weight, routing, GRADIENT)
+                    tokens = self._tokens("down_grad", rows, weight, routing, gated=True)
                     tiles = -(-routing.num_rows // tokens) + weight.num_experts
                     sums = dy_TH.new_empty((tiles, weight.in_features, RANKS), dtype=torch.float32)
                 else:
@@ -284,8 +284,8 @@ class HopperEngine(KernelEngine):
         h: Tensor | None = None,
         gradient: GateGradient | None = None,
     ) -> None:
-        stage = SWIGLU if h is not None else GRADIENT if gradient is not None else STORE
-        flip, tokens = site.endswith("grad"), self._tokens(site, rows, weight, routing, stage)
+        flip = site.endswith("grad")
+        tokens = self._tokens(site, rows, weight, routing, gated=gradient is not None)
         if self._way(site, weight) == "bank":
             for bank in self._banks(weight, routing, out):
                 product(
@@ -297,12 +297,12 @@ class HopperEngine(KernelEngine):
             rows, weight, routing.offsets_E, out, flip=flip, lora=lora, h=h, gradient=gradient, tokens=tokens,
         )  # fmt: skip
 
-    def _tokens(self, site: Site, rows: Rows, weight: Float8Weight, routing: Routing, stage: int) -> int:
-        """Of a tile."""
+    def _tokens(self, site: Site, rows: Rows, weight: Float8Weight, routing: Routing, *, gated: bool) -> int:
+        """Of a tile. ``gated``: of the gate's gradient."""
         bank, slabs = self._way(site, weight) == "bank", rows.scales is not None and not folds_into_rows(weight)
         sizes = tile_sizes(bank=bank, tokens_left=slabs and not site.endswith("grad"))
         # fewer steps of the gate's gradient fit beside each other, and slabs of 128 tokens are added more exactly
-        saves = not (bank or slabs or stage == GRADIENT)
+        saves = not (bank or slabs or gated)
         return tokens_of_tile(routing.num_rows / weight.num_experts, sizes, saves=saves)
 
     @staticmethod

@@ -4,7 +4,8 @@
 //
 // The weight is the left operand of wgmma (features are its 64 rows), so that a tile takes BN tokens, any multiple
 // of 32, and a weight tile is read and widened once for all of them. E4M3 rows with a scale per slab are the left
-// operand themselves (TOKENS_LEFT). A thread block is one producer warpgroup (the weight by TMA, rows gathered by cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
+// operand themselves (TOKENS_LEFT). A thread block is one producer warpgroup (the weight by TMA, rows gathered by
+// cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
 //
 // Compile-time modes (macros):
 //   WIDE   1: bfloat16 activations; E4M3 weights are widened in registers.  0: E4M3 by E4M3.
