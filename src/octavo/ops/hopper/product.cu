@@ -613,18 +613,25 @@ struct Work {
     }
 
     // E4M3 wgmma wants contraction rows 4q .. 4q + 3 of a feature in a word. ldmatrix gives a thread rows 2q and 2q + 1
-    // of whatever 8 rows it is told, so it is told rows 0, 1, 4, 5, 8, 9, 12, 13 and then 2, 3, 6, 7, 10, 11, 14, 15.
+    // of whatever 8 rows it is told, so it is told rows 0, 1, 4, 5, 10, 11, 14, 15 and then 2, 3, 6, 7, 8, 9, 12, 13:
+    // of these no two are 8 apart, which would be in the same banks. So the two halves of a word come the other way
+    // round to threads of q > 1.
     __device__ __forceinline__ static u32 turned_row(int lane) {
         int i = lane & 7, matrix = lane >> 3;
-        return (matrix >> 1) * 16 + (i >> 1) * 4 + (i & 1) + (matrix & 1) * 2;
+        return (matrix >> 1) * 16 + (i >> 1) * 4 + (i & 1) + ((matrix ^ (i >> 2)) & 1) * 2;
     }
-    __device__ __forceinline__ static void turn_words(u32 (&a)[4]) {
-        u32 x0 = a[0], x1 = a[1], x2 = a[2], x3 = a[3];
-        a[0] = pick(x0, x1, 0x6420);
-        a[1] = pick(x0, x1, 0x7531);
-        a[2] = pick(x2, x3, 0x6420);
-        a[3] = pick(x2, x3, 0x7531);
-    }
+    struct Turn {
+        u32 even, odd;
+        __device__ __forceinline__ explicit Turn(int lane)
+            : even(lane & 2 ? 0x2064 : 0x6420), odd(lane & 2 ? 0x3175 : 0x7531) {}
+        __device__ __forceinline__ void words(u32 (&a)[4]) const {
+            u32 x0 = a[0], x1 = a[1], x2 = a[2], x3 = a[3];
+            a[0] = pick(x0, x1, even);
+            a[1] = pick(x0, x1, odd);
+            a[2] = pick(x2, x3, even);
+            a[3] = pick(x2, x3, odd);
+        }
+    };
 
     __device__ __forceinline__ static float slab_scale(u32 base, int group) {
         return ldsf(base + A_BYTES + B_BYTES + SLAB_WEIGHTS + group * 4);
@@ -635,6 +642,7 @@ struct Work {
     __device__ __forceinline__ void turned_slab(u32 base, int group, int warp, int lane) {
         u32 b = descriptor(base + A_BYTES), row = turned_row(lane), at = base + group * 16384 + row * 128;
         float scale = slab_scale(base, group);
+        Turn turn(lane);
         // operands of two multiplications in flight, and the words of the next
         u32 hold[3][4];
         auto fetch = [&](int tile, int k) {
@@ -649,7 +657,7 @@ struct Work {
             for (int k = 0; k < 4; ++k) {
                 u32 (&x)[4] = hold[k % 3];
                 if (k < 3) fetch(tile, k + 1);
-                turn_words(x);
+                turn.words(x);
                 settle(x);
                 mma_fence();
                 MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
@@ -669,6 +677,7 @@ struct Work {
         // operands of two multiplications in flight, and the words of the next
         u32 hold[3][2][4];
         u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
+        Turn turn(lane);
         auto fetch = [&](int k) {
             u32 (&a)[2][4] = hold[k % 3];
 #pragma unroll
@@ -686,8 +695,8 @@ struct Work {
         for (int k = 0; k < 4; ++k) {
             u32 (&a)[2][4] = hold[k % 3];
             if (k < 3) fetch(k + 1);
-            turn_words(a[0]);
-            turn_words(a[1]);
+            turn.words(a[0]);
+            turn.words(a[1]);
             settle(a[0]);
             settle(a[1]);
             mma_fence();
