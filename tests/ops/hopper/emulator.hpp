@@ -1,4 +1,4 @@
-// The instructions of `instructions.cuh` on any processor, to run `product.cu` as it is: a block's 384 threads are fibers
+// The instructions of `instructions.cuh` on any processor, to run `product.cu` as it is: a block's threads are fibers
 // that run until they wait for each other. What the hardware does later is done as late as it may be (multiplications
 // at the wait for them), what may come early is done at once (copies), and memory of a block begins as NaN.
 
@@ -32,7 +32,7 @@ using std::min;
 
 // ---------------------------------------------------------------- threads
 
-constexpr int THREADS = 384, WARP = 32, WARPGROUP = 128;
+constexpr int THREADS = 128 * (1 + CONSUMERS), WARP = 32, WARPGROUP = 128;
 constexpr u32 SHARED = 232448, SHARED_FROM = 1024;   // no address is 0
 extern "C" { alignas(1024) u8 raw[SHARED]; }
 
@@ -114,6 +114,14 @@ template <class T> T __shfl_up_sync(u32, T value, int delta) {
     return exchange_any(value, lane_of() >= delta ? lane_of() - delta : lane_of());
 }
 
+static u32 __ballot_sync(u32, bool value) {
+    u32 votes = 0;
+    exchange(value, 0);
+    for (int i = 0; i < WARP; ++i) votes |= given[warp_of() * WARP + i] << i;
+    return votes;
+}
+static int __popc(u32 x) { return __builtin_popcount(x); }
+
 // ---------------------------------------------------------------- memory
 
 static u32 smem_address(const void* p) { return (u32)((const u8*)p - raw) + SHARED_FROM; }
@@ -126,9 +134,8 @@ template <class T> T load_shared(u32 a) { T v; memcpy(&v, shared_at(a, sizeof v)
 template <class T> void store_shared(u32 a, T v) { memcpy(shared_at(a, sizeof v), &v, sizeof v); }
 static u32 lds32(u32 a) { return load_shared<u32>(a); }
 static void lds64(u32 a, u32& x, u32& y) { u64 v = load_shared<u64>(a); x = (u32)v, y = (u32)(v >> 32); }
-static u64 lds_address(u32 a) { return load_shared<u64>(a); }
 static float ldsf(u32 a) { return load_shared<float>(a); }
-static void lds128(u32 a, u32 (&x)[4]) { shared_at(a, 16), lds64(a, x[0], x[1]), lds64(a + 8, x[2], x[3]); }
+static void lds128(u32 a, u32& x, u32& y, u32& z, u32& w) { shared_at(a, 16), lds64(a, x, y), lds64(a + 8, z, w); }
 static void lds_float4(u32 a, float (&x)[4]) {
     shared_at(a, 16);
     for (int i = 0; i < 4; ++i) x[i] = ldsf(a + 4 * i);
@@ -382,6 +389,7 @@ static void post(bool narrow, bool turned, bool registers, float* sums, const u3
 }
 static void mma_fence() { self->fenced = true; }
 static void settle(u32 (&)[4]) {}
+static void settle(u64&) {}
 static void mma_commit() { self->committed.push_back(self->multiplications); }
 template <int LEFT> void mma_wait() {
     Pipe& pipe = pipes[self->index / WARPGROUP];

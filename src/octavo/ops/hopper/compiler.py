@@ -47,7 +47,19 @@ class Mode:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a producer's and of a consumer's thread."""
+        if self.consumers > 2:
+            return 32, 160
         return (40, 232) if self.scale == SLAB or self.tokens > 128 else (56, 224)
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply; see `product.cu`."""
+        return 3 if self.columns != self.tokens == 192 else 2
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 128 * (1 + self.consumers)
 
     @property
     def columns(self) -> int:
@@ -120,6 +132,7 @@ def macros(mode: Mode) -> list[str]:
         "STAGE": mode.stage,
         "BN": mode.tokens,
         "COLUMNS": mode.columns,
+        "CONSUMERS": mode.consumers,
         "EVERY_LANE": EVERY_LANE,
     }
     return [f"-D{name}={int(value)}" for name, value in values.items()]
@@ -202,7 +215,7 @@ def launch(mode: Mode, device: torch.device, most: int, arguments: int) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     function = _kernel(mode, device.index or 0, b"product")
     (status,) = driver.cuLaunchKernel(
-        function, blocks, 1, 1, 384, 1, 1, SHARED_BYTES, driver.CUstream(stream), arguments, 0
+        function, blocks, 1, 1, mode.threads, 1, 1, SHARED_BYTES, driver.CUstream(stream), arguments, 0
     )
     if int(status):
         raise EngineError(f"the CUDA driver could not launch the Hopper kernel: {status}.")

@@ -5,7 +5,7 @@
 // The weight is the left operand of wgmma (features are its 64 rows), so that a tile takes BN tokens, any multiple
 // of 32, and a weight tile is read and widened once for all of them. E4M3 rows with a scale per slab are the left
 // operand themselves (TOKENS_LEFT). A thread block is one producer warpgroup (the weight by TMA, rows gathered by
-// cp.async) and two consumer warpgroups; blocks are persistent and walk the tiles of all experts.
+// cp.async) and two or three consumer warpgroups; blocks are persistent and walk the tiles of all experts.
 //
 // Compile-time modes (macros):
 //   WIDE   1: bfloat16 activations; E4M3 weights are widened in registers.  0: E4M3 by E4M3.
@@ -16,6 +16,7 @@
 //   SCALE  how the weight's scales are applied: see below.
 //   BN     tokens of a tile, a multiple of 32.
 //   COLUMNS of a multiplication: BN, or 128 features with TOKENS_LEFT.
+//   CONSUMERS  warpgroups that multiply: 2, or 3 of 64 tokens each.
 //   STAGE  STORE: out [M, F].  SWIGLU: z = [gate, up] [M, 2F] and h [M, F].  GRADIENT: dz [M, 2F] from z and the
 //             product dh, and each row's share of <dh, h>.
 //   OUTER  1: with GRADIENT and at most 16 ranks, also the tile's part of the gradient of LoRA's A: p * h times the row
@@ -38,8 +39,7 @@ enum { STORE = 0, SWIGLU = 1, GRADIENT = 2 };
 // activations too (with FLIP these have one scale a row).
 enum { NONE = 0, COLUMN = 1, TABLE = 2, SLAB = 3 };
 
-constexpr int MT = 2;                 // multiplications of 64 features side by side of a consumer
-constexpr int BF = MT * 128;          // features of a tile, both consumers (SWIGLU: half of them gates)
+constexpr int BF = 256;               // features of a tile, of all consumers (SWIGLU: half of them gates)
 constexpr int BC = BANK ? 64 : 128;   // contraction of a step
 constexpr int KS = BC / 16;           // bfloat16 multiplications of a step
 constexpr int A_BYTES = BF * BC * (BANK ? 2 : 1);
@@ -49,8 +49,10 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES + TABLE_BYTES;
 constexpr int MAX_EXPERTS = 1024;
 constexpr int SHARED_BYTES = 232448;  // what a block may have
 constexpr int RECORDS = 8;            // of tiles that the producer has begun: more than there are stages
+constexpr int LIST = (BN / 16 + 3) & ~3;   // words of a thread's rows in a tile's list
+constexpr int SHARES = STAGE == GRADIENT ? CONSUMERS * 4 * BN : 0;   // one of each warp and token
 constexpr int OTHER_BYTES =
-    1024 + 128 + RECORDS * 32 + BN * 12 + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN * 4 : 0) + 4 * (MAX_EXPERTS + 1);
+    1024 + 128 + RECORDS * 32 + LIST * 16 * 8 + (1 + PEAKS) * SHARES * 4 + 4 * (MAX_EXPERTS + 1);
 constexpr int STAGES_FIT = (SHARED_BYTES - OTHER_BYTES) / STAGE_BYTES;
 constexpr int STAGES = STAGES_FIT > 6 ? 6 : STAGES_FIT;
 static_assert(STAGES < RECORDS, "");
@@ -58,13 +60,15 @@ constexpr bool DUAL = STAGE == SWIGLU;
 // Whether tokens are wgmma's rows, so that a thread's sums are of two tokens: a factor for each token and slab is two
 // reads of shared memory then, and would be as many as the tensor cores' own where tokens are columns.
 constexpr bool TOKENS_LEFT = SCALE == SLAB && !FLIP;
-constexpr int TILES = TOKENS_LEFT ? BN / 64 : MT;   // multiplications side by side of a consumer
-constexpr int SUMS = COLUMNS / 2;                   // of each, in a thread
-static_assert(COLUMNS == (TOKENS_LEFT ? 128 : BN) && (!TOKENS_LEFT || BN % 64 == 0), "");
+// Of the consumers so many share a tile's features, each all tokens, or with TOKENS_LEFT 64 of them.
+constexpr int FEATURE_CONSUMERS = TOKENS_LEFT ? CONSUMERS / (BN / 64) : CONSUMERS;
+constexpr int MT = BF / FEATURE_CONSUMERS / (TOKENS_LEFT ? COLUMNS : 64);   // multiplications of a consumer side by side
+constexpr int SUMS = COLUMNS / 2;                                           // of each, in a thread
+static_assert(COLUMNS == (TOKENS_LEFT ? 128 : BN) && MT >= 1, "");
+static_assert(TOKENS_LEFT || MT == 2, "");
 constexpr int TILE_F = DUAL ? BF / 2 : BF;
-constexpr int HOLD = BN * MT > 256 ? 2 : 4;   // widened operands in flight
+constexpr int HOLD = BN > 128 ? 2 : 4;   // widened operands in flight
 constexpr bool DRAINS = !WIDE && (FLIP || SCALE == SLAB);   // whether a step leaves nothing in flight
-constexpr bool ADDS = SCALE == SLAB && FLIP && BN <= 128;   // whether a slab's sums are added outside of the tensor core
 constexpr bool EARLY = FLIP || SCALE != TABLE;   // WIDE: whether a step's first words come before the last one has ended
 constexpr int LORA_RANKS = BC / 2;    // of a step
 constexpr int ZT = 32;                // tokens of a step that brings z
@@ -91,7 +95,9 @@ struct __align__(64) Params {
     long long num_rows;
     int E, F, C, w_rows, w_cols, part_rows, grid_n, grid_k, sb_n, sb_k, act_groups, R;
     int p_float, follows;   // follows: experts before the first have rows, up to offsets[-1]
-    u32 sb_n_magic, sb_k_magic, pad[16];
+    u32 sb_n_magic, sb_k_magic;
+    int grid_rows;         // of an expert's parts together
+    u32 pad[15];
 };
 
 // ---------------------------------------------------------------- words and descriptors
@@ -148,7 +154,7 @@ struct Tile {
     }
     __device__ __forceinline__ void read(u32 from) {
         u32 x[4], y[2];
-        lds128(from, x);
+        lds128(from, x[0], x[1], x[2], x[3]);
         lds64(from + 16, y[0], y[1]);
         expert = x[0], row0 = x[1], rows = x[2], feature0 = x[3], index_f = y[0], index = y[1];
     }
@@ -158,26 +164,34 @@ __device__ __forceinline__ int first_row(const Params& p, int expert) {
     return expert || p.follows ? __ldg(p.offsets + expert - 1) : 0;
 }
 
+// n / d, of numbers below 2^24 without the hundred instructions of a division
+__device__ __forceinline__ int quotient(int n, int d) {
+    int q = (int)((float)n * reciprocal_approx((float)d));
+    while (q * d > n) --q;
+    while ((q + 1) * d <= n) ++q;
+    return q;
+}
+
 struct Schedule {
     const Params& p;
     const int* before;   // token tiles before each expert, E + 1
     int E, num_f;
     __device__ __forceinline__ int total() const { return before[E] * num_f; }
-    __device__ __forceinline__ Tile at(int id) const {
-        int low = 0, high = E;
-        while (high - low > 1) {
-            int middle = (low + high) >> 1;
-            if (before[middle] * num_f <= id) low = middle; else high = middle;
+    // Tile `id`, whose expert is none before `expert`: a warp looks at 32 at once.
+    __device__ __forceinline__ Tile at(int id, int expert, int lane) const {
+        for (int passed = 32; passed == 32; expert += passed) {
+            int e = expert + lane;
+            passed = __popc(__ballot_sync(0xFFFFFFFF, e < E && before[e + 1] * num_f <= id));
         }
         Tile t;
-        t.expert = low;
-        int start = first_row(p, low), end = __ldg(p.offsets + low);
-        int tiles = before[low + 1] - before[low];
-        int local = id - before[low] * num_f;
-        t.index_f = local / tiles;
+        t.expert = expert;
+        int start = first_row(p, expert), end = __ldg(p.offsets + expert);
+        int tiles = before[expert + 1] - before[expert];
+        int local = id - before[expert] * num_f;
+        t.index_f = quotient(local, tiles);
         int index = local - t.index_f * tiles;
-        t.index = before[low] + index;
-        int per = ((end - start + tiles - 1) / tiles + 7) & ~7;
+        t.index = before[expert] + index;
+        int per = (quotient(end - start + tiles - 1, tiles) + 7) & ~7;
         t.row0 = start + index * per;
         t.rows = min(per, end - t.row0);
         if (t.rows < 0) t.rows = 0;
@@ -189,13 +203,18 @@ struct Schedule {
 // n / d for n * d < 2^32, with ceil(2^32 / d)
 __device__ __forceinline__ int divide(int n, int d, u32 magic) { return d == 1 ? n : (int)__umulhi((u32)n, magic); }
 
-__device__ __forceinline__ const float* weight_scale_at(const Params& p, int expert, int row, int column) {
+// where the scales of a weight's row begin, and which of them is a column's
+__device__ __forceinline__ const float* scales_of_row(const Params& p, int expert, int row) {
     row = min(row, p.w_rows - 1);
-    column = min(column, p.w_cols - 1);
-    int grid_row = expert * (p.w_rows / p.part_rows) * p.grid_n;
+    int grid_row = expert * p.grid_rows;
     while (row >= p.part_rows) { row -= p.part_rows; grid_row += p.grid_n; }
-    grid_row += divide(row, p.sb_n, p.sb_n_magic);
-    return p.scales + (long long)grid_row * p.grid_k + min(divide(column, p.sb_k, p.sb_k_magic), p.grid_k - 1);
+    return p.scales + (long long)(grid_row + divide(row, p.sb_n, p.sb_n_magic)) * p.grid_k;
+}
+__device__ __forceinline__ int scale_of_column(const Params& p, int column) {
+    return min(divide(min(column, p.w_cols - 1), p.sb_k, p.sb_k_magic), p.grid_k - 1);
+}
+__device__ __forceinline__ const float* weight_scale_at(const Params& p, int expert, int row, int column) {
+    return scales_of_row(p, expert, row) + scale_of_column(p, column);
 }
 __device__ __forceinline__ float weight_scale(const Params& p, int expert, int row, int column) {
     return __ldg(weight_scale_at(p, expert, row, column));
@@ -203,62 +222,64 @@ __device__ __forceinline__ float weight_scale(const Params& p, int expert, int r
 
 // ---------------------------------------------------------------- producer
 
-__device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int step, u32 to, u32 bar) {
+__device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int step, u32 to, u32 bar, int lane) {
+    // the same in all lanes, which the compiler has to be told
+    int expert = __shfl_sync(0xFFFFFFFF, t.expert, 0), feature0 = __shfl_sync(0xFFFFFFFF, t.feature0, 0);
+    if (lane) return;
     barrier_expect(bar, A_BYTES);
     const void* map = p.map;
 #pragma unroll
-    for (int half = 0; half < MT; ++half) {
-        if (FLIP && BANK) {
-            // 2 * MT boxes of BC contraction rows, 64 features each
-            for (int group = 0; group < 2; ++group)
-                tensor3(to + (group * MT + half) * (128 * BC), map, bar, t.feature0 + (group * MT + half) * 64, step * BC,
-                        t.expert);
-        } else if (FLIP) {
-            // MT boxes of BC contraction rows, 128 features each
-            tensor3(to + half * (128 * BC), map, bar, t.feature0 + half * 128, step * BC, t.expert);
+    for (int block = 0; block < 4; ++block) {
+        // boxes of 64 features, where the weight is turned of BC contraction rows and of 128 features in E4M3
+        u32 box = to + block * (A_BYTES / 4);
+        if (FLIP) {
+            if (BANK || block % 2 == 0) tensor3(box, map, bar, feature0 + block * 64, step * BC, expert);
         } else {
-            // 2 * MT boxes of 64 features
-#pragma unroll
-            for (int group = 0; group < 2; ++group) {
-                int row = t.expert * p.w_rows + t.feature0;
-                row += DUAL ? group * 64 + half * p.F : (group * MT + half) * 64;
-                tensor4(to + (group * MT + half) * (A_BYTES / (2 * MT)), map, bar, step * BC, row >> 4);
-            }
+            int row = expert * p.w_rows + feature0;
+            row += DUAL ? (block >> 1) * 64 + (block & 1) * p.F : block * 64;
+            tensor4(box, map, bar, step * BC, row >> 4);
         }
     }
 }
 
-constexpr int ROW_SHIFT = WIDE && BC == 128 ? 4 : 3;   // chunks of 16 bytes per row and step: 16, or 8
-constexpr int ROWS_AT_ONCE = 128 >> ROW_SHIFT;
+constexpr int SIZE = WIDE ? 2 : 1;
+constexpr int ROWS = BN / 16;             // of a thread: 16 bytes of each 16th row
+constexpr int LINES = (BN + 127) / 128;   // of a tile, a thread's own
 
-// rows of a step; those past the tile repeat its first row, and nobody keeps their sums
-__device__ __forceinline__ void load_rows(u32 rows, u32 to, int thread, int byte0, int row_bytes) {
-    int chunk = thread & ((1 << ROW_SHIFT) - 1), first = thread >> ROW_SHIFT;
-    int at_byte = byte0 + chunk * 16;
-    bool inside = at_byte < row_bytes;
-    to += (chunk >> 3) * (BN * 128) + first * 128 + (((chunk & 7) ^ (first & 7)) * 16);
-    rows += first * 8;
-    if (!inside) at_byte = 0;
-    constexpr int BATCH = 4;
-    static_assert(BN / ROWS_AT_ONCE % 2 == 0, "");
-#pragma unroll 1
-    for (int i0 = 0; i0 < BN / ROWS_AT_ONCE; i0 += BATCH) {
-        u64 from[BATCH];
+// Where row r of a tile stands in its list: a thread's rows beside each other.
+__device__ __forceinline__ int place_of(int r) { return (r & 15) * LIST + (r >> 4); }
+
+// Rows of a step, from a thread's list; those past the tile repeat its first row, and nobody keeps their sums. Everything
+// waits for this: each copy is one multiplication and the copy, four beside each other.
+__device__ __forceinline__ void load_rows(const Params& p, u32 list, u32 to, int thread, u32 at_byte) {
+    u32 row_bytes = p.C * SIZE, chunk = thread & 7, first = thread >> 3;
+    at_byte += chunk * 16;
+    to += first * 128 + ((chunk ^ (first & 7)) * 16);
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i)
-            if (i0 + i < BN / ROWS_AT_ONCE)
-                from[i] = lds_address(rows + (i0 + i) * ROWS_AT_ONCE * 8);
+    for (int i0 = 0; i0 < ROWS; i0 += 4) {
+        u32 row[4];
+        lds128(list + i0 * 4, row[0], row[1], row[2], row[3]);
+        // 128 bytes of a row beside each other
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i)
-            if (i0 + i < BN / ROWS_AT_ONCE)
-                copy16(to + (i0 + i) * ROWS_AT_ONCE * 128, (const void*)(from[i] + at_byte), inside);
+        for (int part = 0; part < BC * SIZE / 128; ++part) {
+            bool inside = at_byte + part * 128 < row_bytes;
+            u64 from = (u64)p.act + (inside ? at_byte + part * 128 : 0), at[4];
+            settle(from);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) at[i] = from + (u64)row[i] * row_bytes;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) settle(at[i]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i0 + i < ROWS) copy16(to + part * (BN * 128) + (i0 + i) * 2048, (const void*)at[i], inside);
+        }
     }
 }
 
 // the weight's scale in a slab, for the first (i = 0) or the second half of the tile's features (SWIGLU: gates, ups)
 __device__ __forceinline__ const float* slab_scale_at(const Params& p, const Tile& t, int step, int i) {
-    if (FLIP) return weight_scale_at(p, t.expert, step * BC, t.feature0 + i * 64 * MT);
-    return weight_scale_at(p, t.expert, t.feature0 + i * (DUAL ? p.F : 64 * MT), step * BC);
+    if (FLIP) return weight_scale_at(p, t.expert, step * BC, t.feature0 + i * 128);
+    return weight_scale_at(p, t.expert, t.feature0 + i * (DUAL ? p.F : 128), step * BC);
 }
 
 constexpr int SLAB_WEIGHTS = 1008;   // where a step's table has a slab's two scales of the weight, after those of tokens
@@ -266,51 +287,57 @@ constexpr int SLAB_WEIGHTS = 1008;   // where a step's table has a slab's two sc
 // Scales of E4M3 activations and of slabs come like the rows, by copies that nobody waits for here: read through
 // registers, their latency would be a step's. One scale a row comes with the last step.
 __device__ __forceinline__ void load_scales(
-    const Params& p, const Tile& t, int step, bool last, u32 to, int thread, const int* source
+    const Params& p, const Tile& t, int step, bool last, u32 to, int thread, const float* const (&own)[LINES]
 ) {
     if (TOKENS_LEFT || last) {
         int group = TOKENS_LEFT ? min(divide(step * BC, p.sb_k, p.sb_k_magic), p.act_groups - 1) : 0;
-        for (int r = thread; r < BN; r += 128)
-            copy4(to + r * 4, p.act_scale + (long long)source[r] * p.act_groups + group);
+#pragma unroll
+        for (int i = 0; i < LINES; ++i)
+            if (thread + i * 128 < BN) copy4(to + (thread + i * 128) * 4, own[i] + group);
     }
-    if (SCALE == SLAB && thread < 2) copy4(to + SLAB_WEIGHTS + thread * 4, slab_scale_at(p, t, step, thread));
+    // by another warp than that which asks for the weight
+    int i = thread - 126;
+    if (SCALE == SLAB && i >= 0) copy4(to + SLAB_WEIGHTS + i * 4, slab_scale_at(p, t, step, i));
 }
 
 // what the scales of a step need, fetched a step ahead
 struct Table {
-    float ahead[2], weight[2];
-    __device__ __forceinline__ void of_slab(const Params& p, const Tile& t, int step) {
+    float ahead[2];
+    int column[2];
+    __device__ __forceinline__ void begin(const Params& p, const Tile& t, int thread) {
+        if (WIDE && SCALE == TABLE && FLIP) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) weight[i] = __ldg(slab_scale_at(p, t, step, i));
+            for (int i = 0; i < 2; ++i) column[i] = scale_of_column(p, t.feature0 + i * 128);
+        }
+        fetch(p, t, 0, thread);
     }
     __device__ __forceinline__ void fetch(const Params& p, const Tile& t, int step, int thread) {
-        if (WIDE && SCALE == TABLE) {
-            if (FLIP) {
-                int row = min(step * BC + (thread & (BC - 1)), p.C - 1);
-                ahead[0] = weight_scale(p, t.expert, row, t.feature0);
-                ahead[1] = weight_scale(p, t.expert, row, t.feature0 + 128);
-            } else of_slab(p, t, step);
+        if (!WIDE || SCALE != TABLE) return;
+        if (FLIP) {
+            const float* scales = scales_of_row(p, t.expert, min(step * BC + (thread & (BC - 1)), p.C - 1));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) ahead[i] = __ldg(scales + column[i]);
+        } else if (thread >= 126) {
+            ahead[0] = __ldg(slab_scale_at(p, t, step, thread - 126));
         }
     }
     __device__ __forceinline__ void store(u32 to, int thread) const {
-        if (WIDE && SCALE == TABLE) {
-            u16 hi, lo;
-            if (FLIP) {
-                // per pair of contraction rows: {hi, hi}, {lo, lo}, for each 128 features
-                if (thread < BC) {
+        if (!WIDE || SCALE != TABLE) return;
+        u16 hi, lo;
+        if (FLIP) {
+            // per pair of contraction rows: {hi, hi}, {lo, lo}, for each 128 features
+            if (thread < BC) {
 #pragma unroll
-                    for (int i = 0; i < MT; ++i) {
-                        split_scale(ahead[i], hi, lo);
-                        u32 at = to + i * 512 + (thread >> 1) * 8 + (thread & 1) * 2;
-                        sts16(at, hi);
-                        sts16(at + 4, lo);
-                    }
+                for (int i = 0; i < 2; ++i) {
+                    split_scale(ahead[i], hi, lo);
+                    u32 at = to + i * 512 + (thread >> 1) * 8 + (thread & 1) * 2;
+                    sts16(at, hi);
+                    sts16(at + 4, lo);
                 }
-            } else if (thread < 2) {
-                split_scale(thread ? weight[1] : weight[0], hi, lo);
-                sts32(to + thread * 8, (u32)hi << 16 | hi);
-                sts32(to + thread * 8 + 4, (u32)lo << 16 | lo);
             }
+        } else if (thread >= 126) {
+            split_scale(ahead[0], hi, lo);
+            sts64(to + (thread - 126) * 8, (u32)hi << 16 | hi, (u32)lo << 16 | lo);
         }
     }
 };
@@ -318,16 +345,17 @@ struct Table {
 __device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part, u32 to, u32 table, int thread) {
     // tokens part * ZT ..: [gates of BF, ups of BF] each, 32-byte granules turned by the token
     constexpr int CHUNKS = BF / 4;
-    int chunk = thread & (CHUNKS - 1), f = t.feature0 + (chunk & (CHUNKS / 2 - 1)) * 8;
-    bool inside = f < p.F;
+    static_assert(CHUNKS == 64, "");
+    int chunk = thread % CHUNKS, first = thread / CHUNKS, f = t.feature0 + chunk % (CHUNKS / 2) * 8;
+    int rows = f < p.F ? t.rows - part * ZT - first : 0;
+    u32 at = to + first * (BF * 4) + chunk * 16;
+    const u16* from = p.z;
+    if (rows > 0) from += (long long)(t.row0 + part * ZT + first) * (2 * p.F) + chunk / (CHUNKS / 2) * p.F + f;
 #pragma unroll 4
-    for (int i = 0; i < ZT * CHUNKS / 128; ++i) {
-        int local = thread / CHUNKS + (128 / CHUNKS) * i, row = part * ZT + local;
-        bool valid = inside && row < t.rows;
-        u32 at = to + local * (BF * 4) + (((chunk >> 1) ^ ((local >> 1) & 3)) * 32) + (chunk & 1) * 16;
-        const u16* from = p.z;
-        if (valid) from += (long long)(t.row0 + row) * (2 * p.F) + (chunk / (CHUNKS / 2)) * p.F + f;
-        copy16(at, from, valid);
+    for (int i = 0; i < ZT / 2; ++i) {
+        bool valid = 2 * i < rows;
+        copy16((at ^ ((i & 3) * 32)) + i * (BF * 8), from, valid);
+        if (2 * i + 2 < rows) from += 4 * p.F;
     }
     if (OUTER && thread < 2 * ZT) {
         int local = thread >> 1, row = part * ZT + local, first = (thread & 1) * 8;
@@ -364,84 +392,93 @@ __device__ __forceinline__ int feature_of(const Params& p, const Tile& t, int r,
 __device__ __forceinline__ void load_lora(const Params& p, const Tile& t, int part, u32 to, int thread) {
     int r0 = part * LORA_RANKS, ranks = min(p.R - r0, LORA_RANKS), chunks = ((ranks + 15) & ~15) / 8;
     int width = DUAL ? 2 * p.F : p.F;
-    for (int i = thread; i < BF * chunks; i += 128) {
-        int r = i / chunks, chunk = i - r * chunks;
+    // 2, 4 or 8 threads for a line, and all of them zeros for its padding
+    int shift = chunks > 4 ? 3 : chunks > 2 ? 2 : 1, chunk = thread & ((1 << shift) - 1);
+    if (chunk >= chunks) return;
+    bool there = chunk * 8 < ranks;
+    u32 stride = p.R * 2;
+    const u8* from = p.factor + (r0 + chunk * 8) * 2 + (long long)t.expert * width * stride;
+    for (int r = thread >> shift; r < BF; r += 128 >> shift) {
         bool inside;
         int f = feature_of(p, t, r, inside);
-        inside = inside && chunk * 8 < ranks;
-        copy16(to + lora_at(r, chunk),
-               p.factor + (inside ? (((long long)t.expert * width + f) * p.R + r0 + chunk * 8) * 2 : 0), inside);
+        inside = inside && there;
+        copy16(to + lora_at(r, chunk), inside ? from + (u64)(u32)f * stride : p.factor, inside);
     }
     to += A_BYTES;
-    for (int i = thread; i < BN * chunks; i += 128) {
-        int r = i / chunks, chunk = i - r * chunks;
-        bool inside = r < t.rows && chunk * 8 < ranks;
-        copy16(to + lora_at(r, chunk),
-               p.xa + (inside ? ((long long)(t.row0 + r) * p.R + r0 + chunk * 8) * 2 : 0), inside);
+    from = p.xa + (r0 + chunk * 8) * 2 + (long long)t.row0 * stride;
+    for (int r = thread >> shift; r < BN; r += 128 >> shift) {
+        bool inside = r < t.rows && there;
+        copy16(to + lora_at(r, chunk), inside ? from + (u64)(u32)r * stride : p.xa, inside);
     }
 }
 
 __device__ __forceinline__ void produce(
-    const Params& p, const Schedule& schedule, u32 stages, u32 full, u32 empty, u32 record, u64* rows, int* source,
-    int thread
+    const Params& p, const Schedule& schedule, u32 stages, u32 full, u32 empty, u32 record, u32 lists, int thread
 ) {
     int main_steps = (p.C + BC - 1) / BC, lora_steps = (p.R + LORA_RANKS - 1) / LORA_RANKS;
-    int steps = main_steps + lora_steps + (STAGE == GRADIENT ? BN / ZT : 0);
-    constexpr int SIZE = WIDE ? 2 : 1;
+    int warp = __shfl_sync(0xFFFFFFFF, thread >> 5, 0), total = __shfl_sync(0xFFFFFFFF, schedule.total(), 0);
     int slot = 0;
     u32 phase = 0;
-    int total = schedule.total();
     Table tables;
     // which rows a tile reads is fetched a tile ahead
-    constexpr int LINES = (BN + 127) / 128;
-    int coming[LINES];
+    u32 coming[LINES];
     Tile next;
+    next.expert = 0;
     auto look_ahead = [&](int id) {
         if (id >= total) return;
-        next = schedule.at(id);
+        next = schedule.at(id, next.expert, thread & 31);
 #pragma unroll
         for (int i = 0; i < LINES; ++i) {
             int r = thread + i * 128;
             long long row = next.row0 + (r < next.rows ? r : 0);
-            coming[i] = p.token ? (int)__ldg(p.token + row) : (int)row;
+            coming[i] = p.token ? (u32)__ldg(p.token + row) : (u32)row;
         }
+    };
+    auto acquire = [&] {
+        barrier_wait(empty + slot * 8, phase ^ 1);
+        return stages + slot * STAGE_BYTES;
+    };
+    auto pass_on = [&] {
+        copy_arrive(full + slot * 8);
+        barrier_arrive(full + slot * 8);
+        if (++slot == STAGES) { slot = 0; phase ^= 1; }
     };
     look_ahead(blockIdx.x);
     for (int id = blockIdx.x, n = 0; id < total; id += gridDim.x, ++n) {
         Tile t = next;
-        named_sync(1, 128);
+        // two lists in turn: one that is written again was read by all before they met here in between
+        u32 list = lists + (n & 1) * (LIST * 64);
+        const float* own[LINES];
 #pragma unroll
         for (int i = 0; i < LINES; ++i) {
-            int r = thread + i * 128;
-            if (r < BN) {
-                source[r] = coming[i];
-                rows[r] = (u64)p.act + (long long)coming[i] * (p.C * SIZE);
-            }
+            own[i] = p.act_scale + (u64)coming[i] * (u32)p.act_groups;
+            if (thread + i * 128 < BN) sts32(list + place_of(thread + i * 128) * 4, coming[i]);
         }
         named_sync(1, 128);
-        tables.fetch(p, t, 0, thread);
-        for (int step = 0; step < steps; ++step) {
-            barrier_wait(empty + slot * 8, phase ^ 1);
-            u32 base = stages + slot * STAGE_BYTES, table = base + A_BYTES + B_BYTES;
+        list += (thread >> 3) * (LIST * 4);
+        tables.begin(p, t, thread);
+        for (int step = 0; step < main_steps; ++step) {
+            u32 base = acquire(), table = base + A_BYTES + B_BYTES;
             if (step == 0 && thread == 127) t.write(record + n % RECORDS * 32);
-            if (step < main_steps) {
-                if (thread == 0) load_weight(p, t, step, base, full + slot * 8);
-                load_rows(smem_address(rows), base + A_BYTES, thread, step * BC * SIZE, p.C * SIZE);
-                if (WIDE) {
-                    tables.store(table, thread);
-                    if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread);
-                } else {
-                    load_scales(p, t, step, step + 1 == main_steps, table, thread, source);
-                }
-            } else if (step < main_steps + lora_steps) {
-                load_lora(p, t, step - main_steps, base, thread);
+            if (warp == 0) load_weight(p, t, step, base, full + slot * 8, thread);
+            load_rows(p, list, base + A_BYTES, thread, step * BC * SIZE);
+            if (WIDE) {
+                tables.store(table, thread);
+                if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread);
             } else {
-                load_z(p, t, step - main_steps - lora_steps, base, table, thread);
+                load_scales(p, t, step, step + 1 == main_steps, table, thread, own);
             }
-            copy_arrive(full + slot * 8);
-            barrier_arrive(full + slot * 8);
+            pass_on();
             if (step == 0) look_ahead(id + gridDim.x);
-            if (++slot == STAGES) { slot = 0; phase ^= 1; }
+        }
+        for (int part = 0; part < lora_steps; ++part) {
+            load_lora(p, t, part, acquire(), thread);
+            pass_on();
+        }
+        for (int part = 0; part < (STAGE == GRADIENT ? BN / ZT : 0); ++part) {
+            u32 base = acquire();
+            load_z(p, t, part, base, base + A_BYTES + B_BYTES, thread);
+            pass_on();
         }
     }
 }
@@ -480,11 +517,9 @@ struct Units {
     static constexpr float SMALLEST = 0x1p-100f;   // of a unit
     // How far a unit falls at most from one slab to the next: both, and sums of 2^32 in a unit, stay inside of float32.
     static constexpr float TOKEN_FALLS = 0x1p-60f, WEIGHT_FALLS = 0x1p-34f;
-    float token[TILES][2], weight[2];
+    float token[2], weight[2];
     __device__ __forceinline__ void begin() {
-#pragma unroll
-        for (int i = 0; i < 2 * TILES; ++i) token[i >> 1][i & 1] = SMALLEST;
-        weight[0] = weight[1] = SMALLEST;
+        token[0] = token[1] = weight[0] = weight[1] = SMALLEST;
     }
     // The ratio of the unit so far and of the next one. What a slab adds that is smaller yet is lost beside the one before;
     // but zeros have a scale of 1, so a token's may fall far.
@@ -496,7 +531,7 @@ struct Units {
 };
 
 struct Work {
-    float acc[TILES][SUMS];
+    float acc[MT][SUMS];
 
     // Where a step of bfloat16 activations reads, and what it has read ahead: words for two multiplications, non-flipped
     // {half 0, half 1} of chunks k and k + 1, flipped contraction rows 0 .. 7, 8 .. 15, 16 .. 23 and 24 .. 31; scales.
@@ -633,51 +668,12 @@ struct Work {
         }
     };
 
-    __device__ __forceinline__ static float slab_scale(u32 base, int group) {
-        return ldsf(base + A_BYTES + B_BYTES + SLAB_WEIGHTS + group * 4);
-    }
-
-    // E4M3 activations with one scale per row, turned words of the weight with a scale per slab, where registers are left
-    // for a slab's own sums: these are scaled and added, without a unit.
-    __device__ __forceinline__ void turned_slab(u32 base, int group, int warp, int lane) {
-        u32 b = descriptor(base + A_BYTES), row = turned_row(lane), at = base + group * 16384 + row * 128;
-        float scale = slab_scale(base, group);
-        Turn turn(lane);
-        // operands of two multiplications in flight, and the words of the next
-        u32 hold[3][4];
-        auto fetch = [&](int tile, int k) {
-            u32 (&x)[4] = hold[k % 3];
-            matrix4_turned(at + k * 4096 + (((4 * tile + warp) ^ (row & 7)) * 16), x[0], x[1], x[2], x[3]);
-        };
-        fetch(0, 0);
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-            float part[SUMS];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                u32 (&x)[4] = hold[k % 3];
-                if (k < 3) fetch(tile, k + 1);
-                turn.words(x);
-                settle(x);
-                mma_fence();
-                MMA::narrow_rs(part, x[0], x[1], x[2], x[3], whole(b + k * 2), k);
-                mma_commit();
-                if (k < 3) mma_wait<1>();
-            }
-            mma_wait<0>();
-            if (tile == 0) fetch(1, 0);
-#pragma unroll
-            for (int i = 0; i < SUMS; ++i) acc[tile][i] = fmaf(part[i], scale, acc[tile][i]);
-        }
-    }
-
-    // The same where one scale serves a row, or in units
+    // E4M3 activations, turned words of the weight: one scale serves a row, or sums are in units.
     __device__ __forceinline__ void turned_step(u32 base, int group, int warp, int lane, Units& units) {
-        u32 b = descriptor(base + A_BYTES);
+        u32 b = descriptor(base + A_BYTES), row = turned_row(lane), at = base + group * 16384 + row * 128;
+        Turn turn(lane);
         // operands of two multiplications in flight, and the words of the next
         u32 hold[3][2][4];
-        u32 row = turned_row(lane), at = base + group * 16384 + row * 128;
-        Turn turn(lane);
         auto fetch = [&](int k) {
             u32 (&a)[2][4] = hold[k % 3];
 #pragma unroll
@@ -687,9 +683,10 @@ struct Work {
         };
         fetch(0);
         if (SCALE == SLAB) {
-            float by = units.change(units.weight[0], slab_scale(base, group), Units::WEIGHT_FALLS);
+            float scale = ldsf(base + A_BYTES + B_BYTES + SLAB_WEIGHTS + group * 4);
+            float by = units.change(units.weight[0], scale, Units::WEIGHT_FALLS);
 #pragma unroll
-            for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= by;
+            for (int i = 0; i < MT * SUMS; ++i) acc[i / SUMS][i % SUMS] *= by;
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -701,7 +698,7 @@ struct Work {
             settle(a[1]);
             mma_fence();
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile)
+            for (int tile = 0; tile < MT; ++tile)
                 MMA::narrow_rs(acc[tile], a[tile][0], a[tile][1], a[tile][2], a[tile][3], whole(b + k * 2), 1);
             mma_commit();
             if (k < 3) mma_wait<1>();
@@ -725,46 +722,42 @@ struct Work {
 
     // The same with tokens from the left and a scale for each slab of both.
     __device__ __forceinline__ void tokens_step(u32 base, int group, int warp, int lane, Units& units) {
-        u32 a = descriptor(base + A_BYTES), b = descriptor(base + group * 16384), table = base + A_BYTES + B_BYTES;
-        // of gates and of ups, or of this consumer's features
+        u32 a = descriptor(base + A_BYTES + tokens_of(group) * 128), b = descriptor(base + part_of(group) * 16384);
+        u32 table = base + A_BYTES + B_BYTES, scales = table + SLAB_WEIGHTS;
         float by[2];
-        u32 scales = table + SLAB_WEIGHTS;
-        by[0] = units.change(units.weight[0], ldsf(scales + (DUAL ? 0 : group) * 4), Units::WEIGHT_FALLS);
-        by[1] = DUAL ? units.change(units.weight[1], ldsf(scales + 4), Units::WEIGHT_FALLS) : 0.f;
-        table += (warp * 16 + (lane >> 2)) * 4;
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            float low = units.change(units.token[tile][0], ldsf(table + tile * 256), Units::TOKEN_FALLS);
-            float high = units.change(units.token[tile][1], ldsf(table + tile * 256 + 32), Units::TOKEN_FALLS);
-#pragma unroll
-            for (int j = 0; j < SUMS / 4; ++j) scale(tile, j, low, high, by[DUAL && j >= SUMS / 8]);
+        for (int i = 0; i < 2; ++i) {
+            by[i] = 0.f;
+            if (i == 0 || TWO_UNITS)
+                by[i] = units.change(units.weight[i], ldsf(scales + (TWO_UNITS ? i : group % 2) * 4), Units::WEIGHT_FALLS);
         }
+        table += (tokens_of(group) + warp * 16 + (lane >> 2)) * 4;
+        float low = units.change(units.token[0], ldsf(table), Units::TOKEN_FALLS);
+        float high = units.change(units.token[1], ldsf(table + 32), Units::TOKEN_FALLS);
+        scale(low, high, by);
         mma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-                MMA::narrow_ss(acc[tile], whole(a + tile * (8192 >> 4) + k * 2), whole(b + k * 2), 1);
+            for (int part = 0; part < MT; ++part)
+                MMA::narrow_ss(acc[part], whole(a + k * 2), whole(b + part * (16384 >> 4) + k * 2), 1);
         mma_commit();
         mma_wait<0>();
     }
 
-    // the sums j of a tile of tokens, times a number for each token, g and g + 8, and one of the weight
-    __device__ __forceinline__ void scale(int tile, int j, float low, float high, float weight) {
-        low *= weight, high *= weight;
-        acc[tile][4 * j] *= low;
-        acc[tile][4 * j + 1] *= low;
-        acc[tile][4 * j + 2] *= high;
-        acc[tile][4 * j + 3] *= high;
-    }
+    // TOKENS_LEFT: whether a consumer's features have two scales of the weight, those of gates and of ups or of each 128
+    static constexpr bool TWO_UNITS = DUAL || FEATURE_CONSUMERS == 1;
+    // the first of a consumer's tokens, and which part of the features is its own
+    __device__ __forceinline__ static int tokens_of(int group) { return group / FEATURE_CONSUMERS * 64; }
+    __device__ __forceinline__ static int part_of(int group) { return group % FEATURE_CONSUMERS; }
 
-    // the last slab's unit
-    __device__ __forceinline__ void finish_units(const Units& units) {
+    // all sums, times a number for each token, g and g + 8, and one of the weight
+    __device__ __forceinline__ void scale(float low, float high, const float (&weight)[2]) {
+        float factor[2][2] = {{low * weight[0], high * weight[0]}, {low * weight[1], high * weight[1]}};
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-            for (int j = 0; j < SUMS / 4; ++j)
-                scale(tile, j, units.token[tile][0], units.token[tile][1], units.weight[DUAL && j >= SUMS / 8]);
+        for (int i = 0; i < MT * SUMS; ++i)
+            // with gates and ups, 32 sums each
+            acc[i / SUMS][i % SUMS] *= factor[!TWO_UNITS ? 0 : DUAL ? i / 32 % 2 : i / SUMS][i / 2 % 2];
     }
 
     __device__ __forceinline__ void run(
@@ -773,7 +766,7 @@ struct Work {
         int g = lane >> 2, q = lane & 3;
         // the first of this thread's features in product 0
         int f = t.feature0;
-        if (TOKENS_LEFT) f += group * (DUAL ? 64 : 128) + 4 * q;
+        if (TOKENS_LEFT) f += part_of(group) * (DUAL ? 64 : 128) + 4 * q;
         else f += group * 64 * (DUAL ? 1 : MT) + warp * 16 + 2 * g;
         float column[2 * MT];
 #pragma unroll
@@ -789,7 +782,7 @@ struct Work {
         int previous = -1;
         u32 base = 0;
 #pragma unroll
-        for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] = 0.f;
+        for (int i = 0; i < MT * SUMS; ++i) acc[i / SUMS][i % SUMS] = 0.f;
         Wide ahead;
         Units units;
         units.begin();
@@ -814,7 +807,6 @@ struct Work {
             // a slot whose table is needed after the sum is freed then
             if (BANK) bank_step(base, group, lane, ring, previous);
             else if (TOKENS_LEFT) tokens_step(base, group, warp, lane, units);
-            else if (ADDS) turned_slab(base, group, warp, lane);
             else if (FLIP) turned_step(base, group, warp, lane, units);
             else narrow_step(base, group, lane, ring, previous);
             previous = ring.next();
@@ -823,20 +815,20 @@ struct Work {
         mma_wait<0>();
         if (WIDE && SCALE == TABLE) {
 #pragma unroll
-            for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= TABLE_DOWN;
+            for (int i = 0; i < MT * SUMS; ++i) acc[i / SUMS][i % SUMS] *= TABLE_DOWN;
         }
         if (BANK && !FLIP) {
 #pragma unroll
-            for (int i = 0; i < TILES * SUMS; ++i) acc[i / SUMS][i % SUMS] *= ROWS_DOWN;
+            for (int i = 0; i < MT * SUMS; ++i) acc[i / SUMS][i % SUMS] *= ROWS_DOWN;
         }
-        if (TOKENS_LEFT) finish_units(units);
+        if (TOKENS_LEFT) scale(units.token[0], units.token[1], units.weight);   // the last slab's unit
         else if (SCALE == COLUMN || !WIDE) {
             u32 table = base + A_BYTES + B_BYTES;
 #pragma unroll
             for (int j = 0; j < BN / 8; ++j) {
                 float s0 = 1.f, s1 = 1.f;
                 if (!WIDE) lds_float2(table + (8 * j + 2 * q) * 4, s0, s1);
-                if (SCALE == SLAB && !ADDS) s0 *= units.weight[0], s1 *= units.weight[0];
+                if (SCALE == SLAB) s0 *= units.weight[0], s1 *= units.weight[0];
 #pragma unroll
                 for (int tile = 0; tile < MT; ++tile) {
                     acc[tile][4 * j] *= s0 * column[2 * tile];
@@ -849,15 +841,18 @@ struct Work {
         if (BANK || !WIDE) ring.free(previous, lane);
         for (int r0 = 0; r0 < p.R; r0 += LORA_RANKS) {
             base = ring.wait();
-            u32 a = descriptor(base + group * (BF / 2 * BC)), b = descriptor(base + A_BYTES);
+            // rows of LORA_RANKS numbers
+            u32 features = base + (TOKENS_LEFT ? part_of(group) * 128 : group * MT * 64) * BC;
+            u32 tokens = base + A_BYTES + (TOKENS_LEFT ? tokens_of(group) * BC : 0);
+            u32 f = descriptor(features), n = descriptor(tokens);
+            constexpr u32 NEXT = (TOKENS_LEFT ? 128 : 64) * BC >> 4;
             int steps = (min(p.R - r0, LORA_RANKS) + 15) / 16;
             for (int k = 0; k < steps; ++k) {
                 mma_fence();
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) {
-                    u32 left = (TOKENS_LEFT ? b : a) + tile * (64 * BC >> 4), right = TOKENS_LEFT ? a : b;
-                    MMA::wide_ss(acc[tile], whole_lora(left + k * 2), whole_lora(right + k * 2), 1);
-                }
+                for (int tile = 0; tile < MT; ++tile)
+                    if (TOKENS_LEFT) MMA::wide_ss(acc[tile], whole_lora(n + k * 2), whole_lora(f + tile * NEXT + k * 2), 1);
+                    else MMA::wide_ss(acc[tile], whole_lora(f + tile * NEXT + k * 2), whole_lora(n + k * 2), 1);
                 mma_commit();
                 mma_wait<0>();
             }
@@ -868,7 +863,7 @@ struct Work {
             return;
         }
         if (TOKENS_LEFT) {
-            tokens_out(p, t, warp, lane, f);
+            tokens_out(p, t, group, warp, lane, f);
             return;
         }
         if (DUAL) {
@@ -888,40 +883,41 @@ struct Work {
         }
     }
 
-    // this thread's features f .. f + 3 of 16, of chunk `jj`, for token g or g + 8 of a tile
-    __device__ __forceinline__ void four(int tile, int jj, int half, u32& low, u32& high) const {
-        const float* x = acc[tile] + 8 * jj + 2 * half;
+    // this thread's features f .. f + 3 of 16, of chunk `jj`, for token g or g + 8
+    __device__ __forceinline__ void four(int jj, int half, u32& low, u32& high) const {
+        const float* x = acc[jj / 8] + jj % 8 * 8 + 2 * half;
         low = pack_bf16(x[0], x[4]);
         high = pack_bf16(x[1], x[5]);
     }
 
-    __device__ __forceinline__ void tokens_out(const Params& p, const Tile& t, int warp, int lane, int f) {
-        int first = warp * 16 + (lane >> 2);
+    __device__ __forceinline__ void tokens_out(const Params& p, const Tile& t, int group, int warp, int lane, int f) {
+        int first = tokens_of(group) + warp * 16 + (lane >> 2);
         long long width = DUAL ? 2 * p.F : p.F;
         u16* to = p.out + (t.row0 + first) * width + f;
         u16* to_h = p.h + (long long)(t.row0 + first) * p.F + f;
 #pragma unroll
-        for (int i = 0; i < 2 * TILES; ++i) {
-            int tile = i >> 1, half = i & 1;
-            bool live = first + tile * 64 + half * 8 < t.rows;
-            u16* line = to + (tile * 64 + half * 8) * width;
+        for (int half = 0; half < 2; ++half) {
+            bool live = first + half * 8 < t.rows;
+            u16* line = to + half * 8 * width;
 #pragma unroll
-            for (int jj = 0; jj < (DUAL ? 4 : 8); ++jj) {
-                bool stored = live && f + 16 * jj < p.F;
+            for (int n = 0; n < MT * 128 / (DUAL ? 32 : 16); ++n) {
+                // of each 128 features 64 are gates
+                int jj = DUAL ? n / 4 * 8 + n % 4 : n;
+                bool stored = live && f + 16 * n < p.F;
                 u32 x[2];
-                four(tile, jj, half, x[0], x[1]);
-                store2_if(line + 16 * jj, x[0], x[1], stored);
+                four(jj, half, x[0], x[1]);
+                store2_if(line + 16 * n, x[0], x[1], stored);
                 if (!DUAL) continue;
                 u32 up[2], h[2];
-                four(tile, jj + 4, half, up[0], up[1]);
-                store2_if(line + p.F + 16 * jj, up[0], up[1], stored);
+                four(jj + 4, half, up[0], up[1]);
+                store2_if(line + p.F + 16 * n, up[0], up[1], stored);
                 // from the rounded z, so that backward computes the same h again
 #pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    float low = low_bf16(x[n]), high = high_bf16(x[n]);
-                    h[n] = pack_bf16(low * sigmoid(low) * low_bf16(up[n]), high * sigmoid(high) * high_bf16(up[n]));
+                for (int i = 0; i < 2; ++i) {
+                    float low = low_bf16(x[i]), high = high_bf16(x[i]);
+                    h[i] = pack_bf16(low * sigmoid(low) * low_bf16(up[i]), high * sigmoid(high) * high_bf16(up[i]));
                 }
-                store2_if(to_h + (long long)(tile * 64 + half * 8) * p.F + 16 * jj, h[0], h[1], stored);
+                store2_if(to_h + (long long)half * 8 * p.F + 16 * n, h[0], h[1], stored);
             }
         }
     }
@@ -1066,7 +1062,7 @@ struct Work {
             // lane g has sum number g: token 8 * (g >> 1) + 2q + (g & 1)
             int place = (group * 4 + warp) * BN + part * ZT + 8 * (g >> 1) + 2 * q + (g & 1);
             shares[place] = sums[0];
-            if (PEAKS) shares[8 * BN + place] = tops[0];
+            if (PEAKS) shares[SHARES + place] = tops[0];
         }
         if (OUTER) {
             float* to = p.sums + ((long long)t.index * p.F + f) * RANKS + 2 * q;
@@ -1087,12 +1083,12 @@ struct Work {
             float sum = 0.f;
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum += shares[(group * 4 + i) * BN + r];
-            long long at_row = (long long)(t.index_f * 2 + group) * p.num_rows + t.row0 + r;
+            long long at_row = (long long)(t.index_f * CONSUMERS + group) * p.num_rows + t.row0 + r;
             p.shares[at_row] = sum;
             if (PEAKS) {
                 float top = 0.f;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) top = fmaxf(top, shares[8 * BN + (group * 4 + i) * BN + r]);
+                for (int i = 0; i < 4; ++i) top = fmaxf(top, shares[SHARES + (group * 4 + i) * BN + r]);
                 p.peaks[at_row] = top;
             }
         }
@@ -1100,16 +1096,15 @@ struct Work {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_constant__ Params p) {
-    // [stages, from a multiple of 1024][barriers][records][rows of the producer's tile][shares][experts' tiles]
+extern "C" __global__ void __launch_bounds__(128 * (1 + CONSUMERS), 1) product(const __grid_constant__ Params p) {
+    // [stages, from a multiple of 1024][barriers][records][which rows two tiles read][shares][experts' tiles]
     extern __shared__ u8 raw[];
     u8* shared = raw + (-smem_address(raw) & 1023);
     u64* barriers = (u64*)(shared + STAGES * STAGE_BYTES);
     u64* records = barriers + 16;
-    u64* rows = records + RECORDS * 4;
-    int* source = (int*)(rows + BN);
-    float* shares = (float*)(source + BN);
-    int* before = (int*)(shares + (STAGE == GRADIENT ? (PEAKS ? 16 : 8) * BN : 0));
+    int* lists = (int*)(records + RECORDS * 4);
+    float* shares = (float*)(lists + 2 * 16 * LIST);
+    int* before = (int*)(shares + (1 + PEAKS) * SHARES);
     int thread = threadIdx.x, lane = thread & 31;
     u32 full = smem_address(barriers), empty = full + STAGES * 8;
     if (thread < 32) {
@@ -1133,7 +1128,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     if (thread == 64) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + i * 8, 256);
-            barrier_init(empty + i * 8, EVERY_LANE ? 256 : 8);
+            barrier_init(empty + i * 8, CONSUMERS * (EVERY_LANE ? 128 : 4));
         }
         barriers_ready();
     }
@@ -1142,7 +1137,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     u32 stages = smem_address(shared), record = smem_address(records);
     if (thread < 128) {
         producer_registers();
-        produce(p, schedule, stages, full, empty, record, rows, source, thread);
+        produce(p, schedule, stages, full, empty, record, smem_address(lists), thread);
     } else {
         consumer_registers();
         int group = (thread >> 7) - 1, warp = (thread >> 5) & 3;

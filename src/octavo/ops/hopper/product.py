@@ -84,7 +84,8 @@ class _Params(ctypes.Structure):
             "E", "F", "C", "w_rows", "w_cols", "part_rows", "grid_n", "grid_k", "sb_n", "sb_k", "act_groups", "R",
             "p_float", "follows",
         )),
-        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("pad", ctypes.c_uint * 16),
+        ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("grid_rows", ctypes.c_int),
+        ("pad", ctypes.c_uint * 15),
     ]  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def product(
         weight.out_features, weight.in_features, weight.rows, grid_n, grid_k, weight.block[0], weight.block[1],
         1 if rows.scales is None else rows.scales.shape[1], 0 if lora is None else lora.xa.shape[1],
         gradient is not None and gradient.p_M.dtype == torch.float32, first > 0, _magic(weight.block[0]),
-        _magic(weight.block[1]),
+        _magic(weight.block[1]), weight.parts * grid_n,
     )  # fmt: skip
     tile = FEATURES // (2 if h is not None else 1)
     most = (-(-num_rows // tokens) + num_experts) * -(-features // tile)
