@@ -299,10 +299,10 @@ class HopperEngine(KernelEngine):
 
     def _tokens(self, site: Site, rows: Rows, weight: Float8Weight, routing: Routing, *, gated: bool) -> int:
         """Of a tile. ``gated``: of the gate's gradient."""
-        bank, slabs = self._way(site, weight) == "bank", rows.scales is not None and not folds_into_rows(weight)
-        sizes = tile_sizes(bank=bank, tokens_left=slabs and not site.endswith("grad"))
-        # fewer steps of the gate's gradient fit beside each other, and slabs of 128 tokens are added more exactly
-        saves = not (bank or slabs or gated)
+        bank, rounded, whole = self._way(site, weight) == "bank", rows.scales is not None, folds_into_rows(weight)
+        sizes = tile_sizes(bank=bank, tokens_left=rounded and not whole and not site.endswith("grad"))
+        # the fastest of the gate's gradients would have fewer of its steps beside each other
+        saves = not bank and not (gated and rounded and whole)
         return tokens_of_tile(routing.num_rows / weight.num_experts, sizes, saves=saves)
 
     @staticmethod

@@ -251,14 +251,20 @@ __device__ __forceinline__ int place_of(int r) { return (r & 15) * LIST + (r >> 
 
 // Rows of a step, from a thread's list; those past the tile repeat its first row, and nobody keeps their sums. Everything
 // waits for this: each copy is one multiplication and the copy, four beside each other.
-__device__ __forceinline__ void load_rows(const Params& p, u32 list, u32 to, int thread, u32 at_byte) {
+struct Batch {
+    u32 row[4];
+    __device__ __forceinline__ void read(u32 list) { lds128(list, row[0], row[1], row[2], row[3]); }
+};
+__device__ __forceinline__ void load_rows(const Params& p, Batch first_rows, u32 list, u32 to, int thread, u32 at_byte) {
     u32 row_bytes = p.C * SIZE, chunk = thread & 7, first = thread >> 3;
     at_byte += chunk * 16;
     to += first * 128 + ((chunk ^ (first & 7)) * 16);
+    Batch batch[2] = {first_rows, first_rows};
 #pragma unroll
     for (int i0 = 0; i0 < ROWS; i0 += 4) {
-        u32 row[4];
-        lds128(list + i0 * 4, row[0], row[1], row[2], row[3]);
+        // those of the next batch are on their way meanwhile
+        Batch& now = batch[i0 / 4 % 2];
+        if (i0 + 4 < ROWS) batch[(i0 / 4 + 1) % 2].read(list + (i0 + 4) * 4);
         // 128 bytes of a row beside each other
 #pragma unroll
         for (int part = 0; part < BC * SIZE / 128; ++part) {
@@ -266,7 +272,7 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 list, u32 to, int
             u64 from = (u64)p.act + (inside ? at_byte + part * 128 : 0), at[4];
             settle(from);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) at[i] = from + (u64)row[i] * row_bytes;
+            for (int i = 0; i < 4; ++i) at[i] = from + (u64)now.row[i] * row_bytes;
 #pragma unroll
             for (int i = 0; i < 4; ++i) settle(at[i]);
 #pragma unroll
@@ -276,18 +282,28 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 list, u32 to, int
     }
 }
 
-// the weight's scale in a slab, for the first (i = 0) or the second half of the tile's features (SWIGLU: gates, ups)
-__device__ __forceinline__ const float* slab_scale_at(const Params& p, const Tile& t, int step, int i) {
-    if (FLIP) return weight_scale_at(p, t.expert, step * BC, t.feature0 + i * 128);
-    return weight_scale_at(p, t.expert, t.feature0 + i * (DUAL ? p.F : 128), step * BC);
-}
+// Of the weight's scales in a slab, for the first (i = 0) or the second half of the tile's features (SWIGLU: gates, ups),
+// what stays the same in a tile: where those of the features' row begin, or with FLIP which column is theirs.
+struct SlabScales {
+    const float* row;
+    int column;
+    __device__ __forceinline__ void begin(const Params& p, const Tile& t, int i) {
+        if (FLIP) column = scale_of_column(p, t.feature0 + i * 128);
+        else row = scales_of_row(p, t.expert, t.feature0 + i * (DUAL ? p.F : 128));
+    }
+    __device__ __forceinline__ const float* at(const Params& p, const Tile& t, int step) const {
+        if (FLIP) return scales_of_row(p, t.expert, step * BC) + column;
+        return row + scale_of_column(p, step * BC);
+    }
+};
 
 constexpr int SLAB_WEIGHTS = 1008;   // where a step's table has a slab's two scales of the weight, after those of tokens
 
 // Scales of E4M3 activations and of slabs come like the rows, by copies that nobody waits for here: read through
 // registers, their latency would be a step's. One scale a row comes with the last step.
 __device__ __forceinline__ void load_scales(
-    const Params& p, const Tile& t, int step, bool last, u32 to, int thread, const float* const (&own)[LINES]
+    const Params& p, const Tile& t, int step, bool last, u32 to, int thread, const float* const (&own)[LINES],
+    const SlabScales& slab
 ) {
     if (TOKENS_LEFT || last) {
         int group = TOKENS_LEFT ? min(divide(step * BC, p.sb_k, p.sb_k_magic), p.act_groups - 1) : 0;
@@ -296,18 +312,20 @@ __device__ __forceinline__ void load_scales(
             if (thread + i * 128 < BN) copy4(to + (thread + i * 128) * 4, own[i] + group);
     }
     // by another warp than that which asks for the weight
-    int i = thread - 126;
-    if (SCALE == SLAB && i >= 0) copy4(to + SLAB_WEIGHTS + i * 4, slab_scale_at(p, t, step, i));
+    if (SCALE == SLAB && thread >= 126) copy4(to + SLAB_WEIGHTS + (thread - 126) * 4, slab.at(p, t, step));
 }
 
 // what the scales of a step need, fetched a step ahead
 struct Table {
     float ahead[2];
     int column[2];
+    SlabScales slab;
     __device__ __forceinline__ void begin(const Params& p, const Tile& t, int thread) {
         if (WIDE && SCALE == TABLE && FLIP) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) column[i] = scale_of_column(p, t.feature0 + i * 128);
+        } else if (SCALE == TABLE || SCALE == SLAB) {
+            if (thread >= 126) slab.begin(p, t, thread - 126);
         }
         fetch(p, t, 0, thread);
     }
@@ -318,7 +336,7 @@ struct Table {
 #pragma unroll
             for (int i = 0; i < 2; ++i) ahead[i] = __ldg(scales + column[i]);
         } else if (thread >= 126) {
-            ahead[0] = __ldg(slab_scale_at(p, t, step, thread - 126));
+            ahead[0] = __ldg(slab.at(p, t, step));
         }
     }
     __device__ __forceinline__ void store(u32 to, int thread) const {
@@ -458,15 +476,17 @@ __device__ __forceinline__ void produce(
         list += (thread >> 3) * (LIST * 4);
         tables.begin(p, t, thread);
         for (int step = 0; step < main_steps; ++step) {
+            Batch rows;
+            rows.read(list);
             u32 base = acquire(), table = base + A_BYTES + B_BYTES;
             if (step == 0 && thread == 127) t.write(record + n % RECORDS * 32);
+            load_rows(p, rows, list, base + A_BYTES, thread, step * BC * SIZE);
             if (warp == 0) load_weight(p, t, step, base, full + slot * 8, thread);
-            load_rows(p, list, base + A_BYTES, thread, step * BC * SIZE);
             if (WIDE) {
                 tables.store(table, thread);
                 if (step + 1 < main_steps) tables.fetch(p, t, step + 1, thread);
             } else {
-                load_scales(p, t, step, step + 1 == main_steps, table, thread, own);
+                load_scales(p, t, step, step + 1 == main_steps, table, thread, own, tables.slab);
             }
             pass_on();
             if (step == 0) look_ahead(id + gridDim.x);
