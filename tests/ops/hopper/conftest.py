@@ -23,21 +23,21 @@ class _Map(ctypes.Structure):
 
     _fields_ = [
         ("address", ctypes.c_uint64),
-        ("dims", ctypes.c_uint64 * 4),
-        ("strides", ctypes.c_uint64 * 3),
-        ("box", ctypes.c_uint64 * 4),
+        ("dims", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint64 * 5),
         ("size", ctypes.c_uint64),
     ]
 
 
-def written(*facts: object) -> "ctypes.Array[ctypes.c_uint64]":
+def written(*place: int, **facts: int) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map for the emulator, in the hardware's place."""
-    found = hopper.tensor_map(*facts)  # type: ignore[arg-type]
-    fill = 4 - len(found.dims)
+    found = hopper.tensor_map(*place, **facts)  # type: ignore[arg-type]
+    fill = 5 - len(found.dims)
     dims, box = (*found.dims, *[1] * fill), (*found.box, *[1] * fill)
     record = _Map(
-        found.address, (ctypes.c_uint64 * 4)(*dims), (ctypes.c_uint64 * 3)(*found.strides, *[0] * fill),
-        (ctypes.c_uint64 * 4)(*box), found.size,
+        found.address, (ctypes.c_uint64 * 5)(*dims), (ctypes.c_uint64 * 4)(*found.strides, *[0] * fill),
+        (ctypes.c_uint64 * 5)(*box), found.size,
     )  # fmt: skip
     words = (ctypes.c_uint64 * 16)()
     ctypes.memmove(words, ctypes.addressof(record), ctypes.sizeof(record))

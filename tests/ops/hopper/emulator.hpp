@@ -231,35 +231,41 @@ static void fence_async() {}
 static void producer_registers() {}
 static void consumer_registers() {}
 
-// A tensor map as tests write it: address, dims[4], strides[3], box[4], size.
+// A tensor map as tests write it, dimensions that are not there of one element.
 struct Map {
-    u64 address, dims[4], strides[3], box[4], size;
+    u64 address, dims[5], strides[4], box[5], size;
 };
-static void fetch_box(u32 to, const void* map, u32 bar, const int (&start)[4]) {
+static void fetch_box(u32 to, const void* map, u32 bar, const int (&start)[5]) {
     const Map& m = *(const Map*)map;
-    u32 line = m.box[0] * m.size, at = to;
+    u32 line = m.box[0] * m.size, at = to, lines = 1;
     if (to % 1024) fail("a box of 128-byte swizzle at an odd address", to);
     if (line > 128) fail("a box wider than its swizzle", line);
     if (start[0] * m.size % 16) fail("a box from an odd column", start[0]);
-    for (u64 d = 0; d < m.box[3]; ++d)
-        for (u64 c = 0; c < m.box[2]; ++c)
-            for (u64 b = 0; b < m.box[1]; ++b, at += line)
-                for (u32 byte = 0; byte < line; ++byte) {
-                    u64 x[4] = {start[0] + byte / m.size, start[1] + b, start[2] + c, start[3] + d};
-                    bool inside = true;
-                    for (int i = 0; i < 4; ++i) inside = inside && x[i] < m.dims[i];
-                    u8 value = 0;
-                    if (inside)
-                        value = ((const u8*)m.address)[x[0] * m.size + byte % m.size + x[1] * m.strides[0] +
-                                                      x[2] * m.strides[1] + x[3] * m.strides[2]];
-                    *shared_at(swizzled(at + byte, 128), 1) = value;
-                }
+    for (int i = 1; i < 5; ++i) lines *= m.box[i];
+    for (u32 number = 0; number < lines; ++number, at += line) {
+        u64 offset = 0, rest = number;
+        bool inside = true;
+        for (int i = 1; i < 5; ++i) {
+            u64 x = start[i] + rest % m.box[i];
+            rest /= m.box[i];
+            inside = inside && x < m.dims[i];
+            offset += x * m.strides[i - 1];
+        }
+        for (u32 byte = 0; byte < line; ++byte) {
+            u64 x = start[0] + byte / m.size;
+            bool there = inside && x < m.dims[0];
+            *shared_at(swizzled(at + byte, 128), 1) = there ? ((const u8*)m.address)[offset + x * m.size + byte % m.size] : 0;
+        }
+    }
     Barrier& b = barrier(bar);
     b.bytes -= at - to;
     b.settle();
 }
-static void tensor3(u32 to, const void* map, u32 bar, int x, int y, int z) { fetch_box(to, map, bar, {x, y, z, 0}); }
-static void tensor4(u32 to, const void* map, u32 bar, int x, int y) { fetch_box(to, map, bar, {x, 0, 0, y}); }
+static void tensor3(u32 to, const void* map, u32 bar, int x, int y, int z) { fetch_box(to, map, bar, {x, y, z}); }
+static void tensor4(u32 to, const void* map, u32 bar, int x, int y, int z, int w) { fetch_box(to, map, bar, {x, y, z, w}); }
+static void tensor5(u32 to, const void* map, u32 bar, int x, int y, int z, int w, int v) {
+    fetch_box(to, map, bar, {x, y, z, w, v});
+}
 
 // ---------------------------------------------------------------- numbers
 

@@ -97,7 +97,8 @@ struct __align__(64) Params {
     int p_float, follows;   // follows: experts before the first have rows, up to offsets[-1]
     u32 sb_n_magic, sb_k_magic;
     int grid_rows;         // of an expert's parts together
-    u32 pad[15];
+    int one_box;           // FLIP: whether one box has all of a tile's features
+    u32 pad[14];
 };
 
 // ---------------------------------------------------------------- words and descriptors
@@ -228,17 +229,19 @@ __device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int 
     if (lane) return;
     barrier_expect(bar, A_BYTES);
     const void* map = p.map;
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-        // boxes of 64 features, where the weight is turned of BC contraction rows and of 128 features in E4M3
-        u32 box = to + block * (A_BYTES / 4);
-        if (FLIP) {
-            if (BANK || block % 2 == 0) tensor3(box, map, bar, feature0 + block * 64, step * BC, expert);
-        } else {
-            int row = expert * p.w_rows + feature0;
-            row += DUAL ? (block >> 1) * 64 + (block & 1) * p.F : block * 64;
-            tensor4(box, map, bar, step * BC, row >> 4);
-        }
+    constexpr int LINE = BANK ? 64 : 128;   // features of a line of a turned tile
+    if (FLIP) {
+        // lines of BC contraction rows
+        if (p.one_box) tensor4(to, map, bar, 0, step * BC, feature0 / LINE, expert);
+        else
+            for (int i = 0; i < BF / LINE; ++i)
+                tensor3(to + i * (LINE * BC * (BANK ? 2 : 1)), map, bar, feature0 + i * LINE, step * BC, expert);
+    } else if (DUAL) {
+        // 64 gates and their ups
+        for (int i = 0; i < 2; ++i)
+            tensor5(to + i * (A_BYTES / 2), map, bar, step * BC, 0, 0, feature0 / 16 + i * 4, expert * 2);
+    } else {
+        tensor4(to, map, bar, step * BC, 0, 0, (expert * p.w_rows + feature0) >> 4);
     }
 }
 

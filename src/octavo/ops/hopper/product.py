@@ -85,7 +85,7 @@ class _Params(ctypes.Structure):
             "p_float", "follows",
         )),
         ("sb_n_magic", ctypes.c_uint), ("sb_k_magic", ctypes.c_uint), ("grid_rows", ctypes.c_int),
-        ("pad", ctypes.c_uint * 15),
+        ("one_box", ctypes.c_int), ("pad", ctypes.c_uint * 14),
     ]  # fmt: skip
 
 
@@ -113,29 +113,40 @@ class TensorMap:
     size: int
 
 
-def tensor_map(address: int, experts: int, rows: int, cols: int, flip: bool, bank: bool) -> TensorMap:
-    """By which tiles of a weight [experts, rows, cols] are fetched.
+def in_one_box(cols: int, bank: bool) -> bool:
+    """Whether one box has all features of a turned tile: lines of which must not reach into the weight's next row."""
+    return cols % (64 if bank else 128) == 0
 
-    A tile that is not flipped brings its rows in the order of wgmma's fragments: of a thread's 4 neighbouring features,
-    each goes to another of 4 row positions 8 apart.
+
+def tensor_map(address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool) -> TensorMap:
+    """By which tiles of a weight [experts, rows, cols] are fetched. ``gates``: of the rows, which come with their ups, or 0.
+
+    A tile that is not flipped brings its rows in the order of wgmma's fragments: of two neighbouring features of a
+    thread, the second is 8 lines after the first.
     """
     step = 64 if bank else 128
     size = 2 if bank else 1
-    line = cols * size
+    line, width = cols * size, 128 // size
+    if flip and in_one_box(cols, bank):
+        dims, strides = (width, rows, cols // width, experts), (line, 128, rows * line)
+        return TensorMap(address, dims, strides, (width, step, FEATURES // width, 1), size)
     if flip:
-        return TensorMap(address, (cols, rows, experts), (line, rows * line), (128 // size, step, 1), size)
+        return TensorMap(address, (cols, rows, experts), (line, rows * line), (width, step, 1), size)
     dims, strides = (cols, 8, 2, experts * rows // 16), (2 * line, line, 16 * line)
-    return TensorMap(address, dims, strides, (step, 8, 2, 4), size)
+    if gates:
+        dims, strides = (*dims[:3], gates // 16, 2 * experts), (*strides, gates * line)
+        return TensorMap(address, dims, strides, (step, 8, 2, 4, 2), size)
+    return TensorMap(address, dims, strides, (step, 8, 2, FEATURES // 16), size)
 
 
 @lru_cache(maxsize=4096)
 def _encoded(
-    address: int, experts: int, rows: int, cols: int, flip: bool, bank: bool
+    address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool
 ) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map as the hardware reads it."""
     from cuda.bindings import driver
 
-    found = tensor_map(address, experts, rows, cols, flip, bank)
+    found = tensor_map(address, experts, rows, cols, flip=flip, gates=gates, bank=bank)
     status, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if found.size == 2
         else driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -199,7 +210,8 @@ def product(
     values = storage(weight)[0] if bank is None else bank.values
     first, num_experts = (0, weight.num_experts) if bank is None else (bank.first, bank.values.shape[0])
     grid_n, grid_k = weight.scales.shape[2:]
-    encoded = _encoded(_address(values), *values.shape, flip, bank is not None)
+    gates = 0 if h is None else weight.rows
+    encoded = _encoded(_address(values), *values.shape, flip=flip, gates=gates, bank=bank is not None)
     params = _Params(
         encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
@@ -210,7 +222,7 @@ def product(
         weight.out_features, weight.in_features, weight.rows, grid_n, grid_k, weight.block[0], weight.block[1],
         1 if rows.scales is None else rows.scales.shape[1], 0 if lora is None else lora.xa.shape[1],
         gradient is not None and gradient.p_M.dtype == torch.float32, first > 0, _magic(weight.block[0]),
-        _magic(weight.block[1]), weight.parts * grid_n,
+        _magic(weight.block[1]), weight.parts * grid_n, in_one_box(weight.in_features, bank is not None),
     )  # fmt: skip
     tile = FEATURES // (2 if h is not None else 1)
     most = (-(-num_rows // tokens) + num_experts) * -(-features // tile)
