@@ -156,10 +156,10 @@ static void copy4(u32 to, const void* from) { memcpy(shared_at(to, 4), from, 4);
 static void store_if(u16* to, u32 value, bool live) {
     if (live) memcpy(to, &value, 4);
 }
-static void store2_if(u16* to, u32 x, u32 y, bool live) {
+static void store4_if(u16* to, const u32 (&x)[4], bool live) {
     if (!live) return;
-    if ((u64)to % 8) fail("a pair is stored at an address that is not aligned", (u64)to);
-    memcpy(to, &x, 4), memcpy(to + 2, &y, 4);
+    if ((u64)to % 16) fail("four words are stored at an address that is not aligned", (u64)to);
+    memcpy(to, x, 16);
 }
 static void store2(float* to, float x, float y) {
     if ((u64)to % 8) fail("a pair is stored at an address that is not aligned", (u64)to);

@@ -30,6 +30,7 @@ from octavo.ops.hopper.product import (
     GateGradient,
     LoraStep,
     Rows,
+    features_of_group,
     product,
     straddles,
 )
@@ -44,7 +45,8 @@ class HopperEngine(KernelEngine):
     def _takes(self, x: Tensor, side: Projection) -> bool:
         if not self._kernels(x, side) or not isinstance(side.weight, Float8Weight) or side.bias is not None:
             return False
-        return side.weight.num_experts <= MAX_EXPERTS
+        slabs = self._rounds("up", side) and not folds_into_rows(side.weight)
+        return side.weight.num_experts <= MAX_EXPERTS and side.weight.rows % features_of_group(slabs) == 0
 
     def _reads_scales(self, side: Projection) -> bool:
         return self._way("up", side.weight) != "bank"

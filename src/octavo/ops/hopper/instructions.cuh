@@ -132,9 +132,9 @@ __device__ __forceinline__ void store_if(u16* to, u32 value, bool live) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}"
                  ::"l"(to), "r"(value), "r"((int)live) : "memory");
 }
-__device__ __forceinline__ void store2_if(u16* to, u32 x, u32 y, bool live) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}"
-                 ::"l"(to), "r"(x), "r"(y), "r"((int)live) : "memory");
+__device__ __forceinline__ void store4_if(u16* to, const u32 (&x)[4], bool live) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}"
+                 ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"((int)live) : "memory");
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -27,8 +27,8 @@
 //
 // A thread owns features 2g and 2g + 1 of each 16 (g = lane / 4) and tokens 8j + 2q + {0, 1} (q = lane % 4): wgmma's
 // rows g and g + 8, by the order in which the tensor map lays a tile's rows in shared memory. With SWIGLU the first
-// product has gates and the second ups. With TOKENS_LEFT it owns tokens g and g + 8 of each 16 and features 4q .. 4q + 3
-// of each 16.
+// product has gates and the second ups. With TOKENS_LEFT it owns tokens g and g + 8 of each 16 and features 8q .. 8q + 7
+// of each 32, 16 bytes of a result.
 
 // `instructions.cuh` comes before.
 
@@ -229,7 +229,8 @@ __device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int 
     if (lane) return;
     barrier_expect(bar, A_BYTES);
     const void* map = p.map;
-    constexpr int LINE = BANK ? 64 : 128;   // features of a line of a turned tile
+    constexpr int LINE = BANK ? 64 : 128;          // features of a line of a turned tile
+    constexpr int GROUP = TOKENS_LEFT ? 32 : 16;   // of features whose lines are in another order than they
     if (FLIP) {
         // lines of BC contraction rows
         if (p.one_box) tensor4(to, map, bar, 0, step * BC, feature0 / LINE, expert);
@@ -239,9 +240,9 @@ __device__ __forceinline__ void load_weight(const Params& p, const Tile& t, int 
     } else if (DUAL) {
         // 64 gates and their ups
         for (int i = 0; i < 2; ++i)
-            tensor5(to + i * (A_BYTES / 2), map, bar, step * BC, 0, 0, feature0 / 16 + i * 4, expert * 2);
+            tensor5(to + i * (A_BYTES / 2), map, bar, step * BC, 0, 0, (feature0 + i * 64) / GROUP, expert * 2);
     } else {
-        tensor4(to, map, bar, step * BC, 0, 0, (expert * p.w_rows + feature0) >> 4);
+        tensor4(to, map, bar, step * BC, 0, 0, (expert * p.w_rows + feature0) / GROUP);
     }
 }
 
@@ -397,8 +398,9 @@ __device__ __forceinline__ void load_z(const Params& p, const Tile& t, int part,
 
 // Which of the weight's (or the output's) features lies in line r of a tile, and whether it is one.
 __device__ __forceinline__ int feature_of(const Params& p, const Tile& t, int r, bool& inside) {
-    int g = r & 7, half = (r >> 3) & 1, warp = (r >> 4) & 3, block = r >> 6;
-    int f = warp * 16 + 2 * g + half;
+    int block = r >> 6, f = r & 48;
+    if (TOKENS_LEFT) f = (r & 32) + (r & 7) * 4 + ((r >> 3) & 3);
+    else f += (r & 7) * 2 + ((r >> 3) & 1);
     if (DUAL) {
         f += t.feature0 + (block >> 1) * 64;
         inside = f < p.F;
@@ -789,7 +791,7 @@ struct Work {
         int g = lane >> 2, q = lane & 3;
         // the first of this thread's features in product 0
         int f = t.feature0;
-        if (TOKENS_LEFT) f += part_of(group) * (DUAL ? 64 : 128) + 4 * q;
+        if (TOKENS_LEFT) f += part_of(group) * (DUAL ? 64 : 128) + 8 * q;
         else f += group * 64 * (DUAL ? 1 : MT) + warp * 16 + 2 * g;
         float column[2 * MT];
 #pragma unroll
@@ -906,11 +908,11 @@ struct Work {
         }
     }
 
-    // this thread's features f .. f + 3 of 16, of chunk `jj`, for token g or g + 8
-    __device__ __forceinline__ void four(int jj, int half, u32& low, u32& high) const {
-        const float* x = acc[jj / 8] + jj % 8 * 8 + 2 * half;
-        low = pack_bf16(x[0], x[4]);
-        high = pack_bf16(x[1], x[5]);
+    // this thread's eight features of 32, the `number`-th of its consumer's, for token g or g + 8
+    __device__ __forceinline__ void eight(int number, int half, u32 (&x)[4]) const {
+        const float* sums = acc[number / 4] + number % 4 * 16 + 2 * half;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = pack_bf16(sums[i % 2 * 8 + i / 2], sums[i % 2 * 8 + 4 + i / 2]);
     }
 
     __device__ __forceinline__ void tokens_out(const Params& p, const Tile& t, int group, int warp, int lane, int f) {
@@ -923,24 +925,24 @@ struct Work {
             bool live = first + half * 8 < t.rows;
             u16* line = to + half * 8 * width;
 #pragma unroll
-            for (int n = 0; n < MT * 128 / (DUAL ? 32 : 16); ++n) {
+            for (int n = 0; n < MT * 128 / (DUAL ? 64 : 32); ++n) {
+                // (a branch also keeps the compiler from packing all sums first, which no registers are left for)
+                if (f + 32 * n >= p.F) break;
+                u32 x[4];
                 // of each 128 features 64 are gates
-                int jj = DUAL ? n / 4 * 8 + n % 4 : n;
-                bool stored = live && f + 16 * n < p.F;
-                u32 x[2];
-                four(jj, half, x[0], x[1]);
-                store2_if(line + 16 * n, x[0], x[1], stored);
+                eight(DUAL ? n / 2 * 4 + n % 2 : n, half, x);
+                store4_if(line + 32 * n, x, live);
                 if (!DUAL) continue;
-                u32 up[2], h[2];
-                four(jj + 4, half, up[0], up[1]);
-                store2_if(line + p.F + 16 * n, up[0], up[1], stored);
+                u32 up[4], h[4];
+                eight(n / 2 * 4 + n % 2 + 2, half, up);
+                store4_if(line + p.F + 32 * n, up, live);
                 // from the rounded z, so that backward computes the same h again
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
+                for (int i = 0; i < 4; ++i) {
                     float low = low_bf16(x[i]), high = high_bf16(x[i]);
                     h[i] = pack_bf16(low * sigmoid(low) * low_bf16(up[i]), high * sigmoid(high) * high_bf16(up[i]));
                 }
-                store2_if(to_h + (long long)half * 8 * p.F + 16 * n, h[0], h[1], stored);
+                store4_if(to_h + (long long)half * 8 * p.F + 32 * n, h, live);
             }
         }
     }

@@ -118,11 +118,21 @@ def in_one_box(cols: int, bank: bool) -> bool:
     return cols % (64 if bank else 128) == 0
 
 
-def tensor_map(address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool) -> TensorMap:
-    """By which tiles of a weight [experts, rows, cols] are fetched. ``gates``: of the rows, which come with their ups, or 0.
+def features_of_group(slabs: bool) -> int:
+    """Of how many features of a tile the lines are in another order than they: a weight's rows are a multiple of it.
+    ``slabs``: of E4M3 rows against blocks, not flipped.
+    """
+    return 32 if slabs else 16
+
+
+def tensor_map(
+    address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool, slabs: bool
+) -> TensorMap:
+    """By which tiles of a weight [experts, rows, cols] are fetched. ``gates``: of the rows, which come with their ups, or
+    0; ``slabs``: see :func:`features_of_group`.
 
     A tile that is not flipped brings its rows in the order of wgmma's fragments: of two neighbouring features of a
-    thread, the second is 8 lines after the first.
+    thread, the second is 8 lines after the first; with ``slabs`` of four, each is 8 lines after the one before.
     """
     step = 64 if bank else 128
     size = 2 if bank else 1
@@ -132,21 +142,23 @@ def tensor_map(address: int, experts: int, rows: int, cols: int, *, flip: bool, 
         return TensorMap(address, dims, strides, (width, step, FEATURES // width, 1), size)
     if flip:
         return TensorMap(address, (cols, rows, experts), (line, rows * line), (width, step, 1), size)
-    dims, strides = (cols, 8, 2, experts * rows // 16), (2 * line, line, 16 * line)
+    group = features_of_group(slabs)
+    near = group // 8
+    dims, strides = (cols, 8, near, experts * rows // group), (near * line, line, group * line)
     if gates:
-        dims, strides = (*dims[:3], gates // 16, 2 * experts), (*strides, gates * line)
-        return TensorMap(address, dims, strides, (step, 8, 2, 4, 2), size)
-    return TensorMap(address, dims, strides, (step, 8, 2, FEATURES // 16), size)
+        dims, strides = (*dims[:3], gates // group, 2 * experts), (*strides, gates * line)
+        return TensorMap(address, dims, strides, (step, 8, near, 64 // group, 2), size)
+    return TensorMap(address, dims, strides, (step, 8, near, FEATURES // group), size)
 
 
 @lru_cache(maxsize=4096)
 def _encoded(
-    address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool
+    address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool, slabs: bool
 ) -> "ctypes.Array[ctypes.c_uint64]":
     """The tensor map as the hardware reads it."""
     from cuda.bindings import driver
 
-    found = tensor_map(address, experts, rows, cols, flip=flip, gates=gates, bank=bank)
+    found = tensor_map(address, experts, rows, cols, flip=flip, gates=gates, bank=bank, slabs=slabs)
     status, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if found.size == 2
         else driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -210,8 +222,9 @@ def product(
     values = storage(weight)[0] if bank is None else bank.values
     first, num_experts = (0, weight.num_experts) if bank is None else (bank.first, bank.values.shape[0])
     grid_n, grid_k = weight.scales.shape[2:]
-    gates = 0 if h is None else weight.rows
-    encoded = _encoded(_address(values), *values.shape, flip=flip, gates=gates, bank=bank is not None)
+    slabs, gates = scale == SLAB and not flip, 0 if h is None else weight.rows
+    assert flip or (gates or weight.out_features) % features_of_group(slabs) == 0
+    encoded = _encoded(_address(values), *values.shape, flip=flip, gates=gates, bank=bank is not None, slabs=slabs)
     params = _Params(
         encoded, _address(rows.values), _address(rows.token_M), _address(offsets_E[first:]), _address(rows.scales),
         _address(weight.scales), lora and _address(lora.xa), lora and _address(lora.factor[first:]),
