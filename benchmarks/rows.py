@@ -167,7 +167,7 @@ PASSES: dict[str, Pass] = {
         lambda o: (o.token_M, o.row_TK, o.offsets_E),
         lambda o: nbytes(o.index_TK, o.token_M, o.row_TK),
     ),
-    "sort, two launches": Pass(
+    "sort, three launches": Pass(
         lambda o, _: sorted_pairs(o, 0),
         lambda o: (o.token_M, o.row_TK, o.offsets_E),
         lambda o: nbytes(o.index_TK, o.token_M, o.row_TK),

@@ -50,10 +50,11 @@ def test_ids_need_not_be_contiguous() -> None:
     check(torch.randint(0, 9, (5, 70)).T, 8)
 
 
-@pytest.mark.parametrize("pairs", [0, 1, 127, 128, 129, 700])
-def test_two_launches(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many pairs are counted per chunk first."""
+@pytest.mark.parametrize("pairs", [0, 1, 127, 128, 129, 700, 3000])
+def test_three_launches(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pairs are counted per chunk first, and more chunks summed than at once."""
     monkeypatch.setattr(sort, "ONE_LAUNCH", 0)
+    monkeypatch.setattr(sort, "SCAN_STEP", 16)
     check(torch.randint(-1, 42, (pairs, 1)), 40)
 
 

@@ -128,8 +128,8 @@ def features_of_group(slabs: bool) -> int:
 def tensor_map(
     address: int, experts: int, rows: int, cols: int, *, flip: bool, gates: int, bank: bool, slabs: bool
 ) -> TensorMap:
-    """By which tiles of a weight [experts, rows, cols] are fetched. ``gates``: of the rows, which come with their ups, or
-    0; ``slabs``: see :func:`features_of_group`.
+    """By which tiles of a weight [experts, rows, cols] are fetched. ``gates``: how many rows are gates, which come with
+    their ups, or 0; ``slabs``: see :func:`features_of_group`.
 
     A tile that is not flipped brings its rows in the order of wgmma's fragments: of two neighbouring features of a
     thread, the second is 8 lines after the first; with ``slabs`` of four, each is 8 lines after the one before.
@@ -144,11 +144,11 @@ def tensor_map(
         return TensorMap(address, (cols, rows, experts), (line, rows * line), (width, step, 1), size)
     group = features_of_group(slabs)
     near = group // 8
-    dims, strides = (cols, 8, near, experts * rows // group), (near * line, line, group * line)
+    dims, apart = (cols, 8, near), (near * line, line, group * line)
     if gates:
-        dims, strides = (*dims[:3], gates // group, 2 * experts), (*strides, gates * line)
-        return TensorMap(address, dims, strides, (step, 8, near, 64 // group, 2), size)
-    return TensorMap(address, dims, strides, (step, 8, near, FEATURES // group), size)
+        parts = (*dims, gates // group, 2 * experts)
+        return TensorMap(address, parts, (*apart, gates * line), (step, 8, near, 64 // group, 2), size)
+    return TensorMap(address, (*dims, experts * rows // group), apart, (step, 8, near, FEATURES // group), size)
 
 
 @lru_cache(maxsize=4096)

@@ -1,10 +1,10 @@
-"""Stable counting sort of (token, expert) pairs on the device: one launch for a few pairs, two for many, no host
+"""Stable counting sort of (token, expert) pairs on the device: one launch for a few pairs, three for many, no host
 synchronisation.
 
 Each program places ``CHUNK`` consecutive pairs: at its expert's start, plus the expert's pairs in earlier chunks, plus
 those before it in its own chunk. Up to :data:`ONE_LAUNCH` pairs a program counts all of them itself; beyond, a first
-launch counts per chunk and each program of the second sums the chunks. Counts are integers: the order of summing them
-changes nothing.
+launch counts per chunk, a second sums the chunks before each, and the third places. Counts are integers: the order of
+summing them changes nothing.
 """
 
 import torch
@@ -16,6 +16,8 @@ from octavo.ops.kernels.common import ceil_div
 
 # Counting all pairs in each of M / 128 programs costs M² / 128 look-ups: 2 M at 16384 pairs, as many as one wave hides.
 ONE_LAUNCH = 2048
+SCAN_STEP = 256
+"""Chunks that the second launch sums at once."""
 
 
 @triton.jit
@@ -37,21 +39,33 @@ def count_kernel(index, counts, M, E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
+def scan_kernel(counts, total_E, num_chunks, EP: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """In place of each count, the sum of those of earlier chunks; ``WIDTH`` experts a program."""
+    e = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.int32)
+    for start in range(0, num_chunks, STEP):
+        chunk = start + tl.arange(0, STEP)
+        at = counts + chunk[:, None] * EP + e[None, :]
+        mask = (chunk < num_chunks)[:, None]
+        here = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(here, 0) - here, mask=mask)
+        total += tl.sum(here, 0)
+    tl.store(total_E + e, total)
+
+
+@triton.jit
 def place_kernel(
-    index, counts, token_M, row_M, offsets_E, M, num_chunks, TOPK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    index, counts, total_E, token_M, row_M, offsets_E, M, TOPK: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     e = tl.arange(0, EP)
-    before = tl.zeros((EP,), tl.int32)
-    total = tl.zeros((EP,), tl.int32)
     if COUNTED:
-        for start in range(0, num_chunks, STEP):
-            chunk = start + tl.arange(0, STEP)
-            here = tl.load(counts + chunk[:, None] * EP + e[None, :], mask=(chunk < num_chunks)[:, None], other=0)
-            total += tl.sum(here, 0)
-            before += tl.sum(tl.where((chunk < pid)[:, None], here, 0), 0)
+        before = tl.load(counts + pid * EP + e)
+        total = tl.load(total_E + e)
     else:
+        before = tl.zeros((EP,), tl.int32)
+        total = tl.zeros((EP,), tl.int32)
         for start in range(0, M, STEP):
             pair = start + tl.arange(0, STEP)
             expert, ours = _experts(index, pair, M, E)
@@ -87,22 +101,27 @@ def sort_pairs(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     padded = max(32, triton.next_power_of_2(num_experts))
     counted = num_pairs > ONE_LAUNCH
     block = 128
-    # two programs for each multiprocessor of the largest devices; not fewer pairs than a block
-    chunk = block * ceil_div(num_pairs, block * 264) if counted else block
+    # eight programs for each multiprocessor of the largest devices; not fewer pairs than a block
+    chunk = block * ceil_div(num_pairs, block * 1056) if counted else block
     num_chunks = ceil_div(num_pairs, chunk)
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     token_M = torch.empty(num_pairs, dtype=torch.int64, device=device)
     row_TK = torch.empty(index_TK.shape, dtype=torch.int64, device=device)
     index = index_TK.contiguous()
     sizes = {"E": num_experts, "EP": padded, "CHUNK": chunk, "BLOCK": block, "num_warps": 4}
-    counts = None
+    counts = total_E = None
     if counted:
         counts = torch.empty((num_chunks, padded), dtype=torch.int32, device=device)
+        total_E = torch.empty(padded, dtype=torch.int32, device=device)
         count_kernel[(num_chunks,)](index, counts, num_pairs, **sizes)
-    step = max(16, 4096 // padded) if counted else min(2048, max(128, triton.next_power_of_2(num_pairs)))
+        width = 16
+        scan_kernel[(padded // width,)](
+            counts, total_E, num_chunks, EP=padded, STEP=SCAN_STEP, WIDTH=width, num_warps=8
+        )  # fmt: skip
+    step = min(2048, max(128, triton.next_power_of_2(num_pairs)))
     # without a pair one program still writes the offsets
     place_kernel[(max(1, num_chunks),)](
-        index, counts, token_M, row_TK, offsets_E, num_pairs, num_chunks, TOPK=index_TK.shape[1], COUNTED=counted,
+        index, counts, total_E, token_M, row_TK, offsets_E, num_pairs, TOPK=index_TK.shape[1], COUNTED=counted,
         STEP=step, **sizes,
     )  # fmt: skip
     return token_M, row_TK, offsets_E
