@@ -144,11 +144,11 @@ def tensor_map(
         return TensorMap(address, (cols, rows, experts), (line, rows * line), (width, step, 1), size)
     group = features_of_group(slabs)
     near = group // 8
-    dims, apart = (cols, 8, near), (near * line, line, group * line)
+    inner, apart = (cols, 8, near), (near * line, line, group * line)
     if gates:
-        parts = (*dims, gates // group, 2 * experts)
+        parts = (*inner, gates // group, 2 * experts)
         return TensorMap(address, parts, (*apart, gates * line), (step, 8, near, 64 // group, 2), size)
-    return TensorMap(address, (*dims, experts * rows // group), apart, (step, 8, near, FEATURES // group), size)
+    return TensorMap(address, (*inner, experts * rows // group), apart, (step, 8, near, FEATURES // group), size)
 
 
 @lru_cache(maxsize=4096)
