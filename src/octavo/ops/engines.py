@@ -61,7 +61,7 @@ class Wants:
     bias: bool
     lora: bool
     spend: bool = False
-    """Whether what forward kept may be written over: nobody reads it again."""
+    """Whether z in ``down_backward``, dz in ``up_backward``, may be written over: nobody reads it again."""
     maxima: RowMaxima | None = None
     """Of dz: written by ``down_backward`` and read by ``up_backward``."""
 

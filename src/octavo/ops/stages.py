@@ -83,7 +83,8 @@ def backward(
     """
     z_MG, xa_MR, ha_MR = saved
     up, down = projection(specs[0], sides[0]), projection(specs[1], sides[1])
-    of_up, of_down = _wants(wants[0], wants[2 : 2 + SIDE]), _wants(True, wants[2 + SIDE :], spend)
+    # dz is nobody else's, whether it takes z's place or not
+    of_up, of_down = _wants(wants[0], wants[2 : 2 + SIDE], spend=True), _wants(True, wants[2 + SIDE :], spend)
     maxima = engine.maxima(dy_TH, routing, up, down, gate, of_up)
     of_up, of_down = replace(of_up, maxima=maxima), replace(of_down, maxima=maxima)
     dz_MG, dp_TK, down_grads = down_backward(engine, dy_TH, z_MG, ha_MR, p_TK, routing, down, gate, of_down)
