@@ -136,10 +136,6 @@ static u32 lds32(u32 a) { return load_shared<u32>(a); }
 static void lds64(u32 a, u32& x, u32& y) { u64 v = load_shared<u64>(a); x = (u32)v, y = (u32)(v >> 32); }
 static float ldsf(u32 a) { return load_shared<float>(a); }
 static void lds128(u32 a, u32& x, u32& y, u32& z, u32& w) { shared_at(a, 16), lds64(a, x, y), lds64(a + 8, z, w); }
-static void lds_float4(u32 a, float (&x)[4]) {
-    shared_at(a, 16);
-    for (int i = 0; i < 4; ++i) x[i] = ldsf(a + 4 * i);
-}
 static void lds_float2(u32 a, float& x, float& y) { shared_at(a, 8); x = ldsf(a), y = ldsf(a + 4); }
 static void sts32(u32 a, u32 v) { store_shared(a, v); }
 static void sts64(u32 a, u32 x, u32 y) { store_shared(a, (u64)y << 32 | x); }

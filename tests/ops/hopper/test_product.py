@@ -297,7 +297,7 @@ def test_parts_that_meet_in_a_tile_are_refused(launched: list[Mode]) -> None:
 
 @pytest.mark.parametrize("flip", [False, True], ids=["forward", "input gradient"])
 def test_slabs_of_an_odd_number(launched: list[Mode], flip: bool) -> None:
-    """A tile begins while some threads still add the last slab of the tile before."""
+    """A tile begins while some threads still scale the sums of the tile before."""
     case = Case(RAGGED, 384, 384, BLOCK, flip=flip, rounded=True, rank=0)
     out = case.empty(case.features)
     product(case.operand, case.weight, case.offsets_E, out, flip=flip, tokens=64)

@@ -3,6 +3,7 @@
 Rows are interleaved and enlarged between two of these products and are not between one of them and Triton's.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from octavo.formats.scheme import ScaleLayout
 from octavo.formats.weight import Float8Weight
 from octavo.ops.choice import select
+from octavo.ops.engines import Projection, Wants
 from octavo.ops.gates import SWIGLU, ModelGate
 from octavo.ops.hopper import engine as hopper
 from octavo.ops.hopper.product import ROWS_UP, Bank, GateGradient, LoraStep, Rows
@@ -119,3 +121,23 @@ def test_fp8_rounds_where_the_reference_does(layout: ScaleLayout, hidden: int, m
     assert_close(run(case, select("reference", "fp8"), SWIGLU), found, TOLERANCE_FP8)
     num_rows = INDEX["off-rank"].numel()
     assert outs[-1] == ((num_rows, hidden), num_rows * max(hidden, 256))
+
+
+@pytest.mark.parametrize("spend", [False, True])
+def test_dz_is_written_over_only_where_it_may_be(spend: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "product", product)
+    case = Case(INDEX["off-rank"], layout=ScaleLayout("block", (128, 128)), num_experts=4, hidden=128, intermediate=128)
+    engine, x_TH, up = (
+        hopper.HopperEngine("scaled", "fp8", wide=False),
+        case.inputs["x"].detach(),
+        Projection(case.up, None, None),
+    )
+    routing = engine.route(case.index_TK, case.num_experts)
+    kept_MG = torch.randn(routing.num_rows, 256)
+    dz_MG, wants = kept_MG.clone(), Wants(x=True, weight=False, bias=False, lora=False)
+    found, _ = engine.up_backward(dz_MG, x_TH, None, routing, up, replace(wants, spend=spend))
+    assert torch.equal(dz_MG, kept_MG) != spend
+    want, _ = engine.up_backward(kept_MG, x_TH, None, routing, up, wants)
+    assert found is not None
+    assert want is not None
+    assert torch.equal(found, want)

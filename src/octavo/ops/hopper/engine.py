@@ -331,7 +331,7 @@ class HopperEngine(KernelEngine):
 # expert, see docs/log.md.
 _PRICE = {192: 1.0, 160: 1.08, 128: 1.0, 64: 1.3}
 _SAVING = 0.95
-"""Price of 160 tokens, for which a weight is read and widened once: at 2048 rows per expert, where power decides."""
+"""Price of 160 tokens, for which a weight is read (and widened) once: at 2048 rows per expert, where that decides."""
 
 
 def tile_sizes(*, bank: bool = False, tokens_left: bool = False) -> tuple[int, ...]:

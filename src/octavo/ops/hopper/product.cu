@@ -214,11 +214,8 @@ __device__ __forceinline__ const float* scales_of_row(const Params& p, int exper
 __device__ __forceinline__ int scale_of_column(const Params& p, int column) {
     return min(divide(min(column, p.w_cols - 1), p.sb_k, p.sb_k_magic), p.grid_k - 1);
 }
-__device__ __forceinline__ const float* weight_scale_at(const Params& p, int expert, int row, int column) {
-    return scales_of_row(p, expert, row) + scale_of_column(p, column);
-}
 __device__ __forceinline__ float weight_scale(const Params& p, int expert, int row, int column) {
-    return __ldg(weight_scale_at(p, expert, row, column));
+    return __ldg(scales_of_row(p, expert, row) + scale_of_column(p, column));
 }
 
 // ---------------------------------------------------------------- producer
@@ -253,12 +250,12 @@ constexpr int LINES = (BN + 127) / 128;   // of a tile, a thread's own
 // Where row r of a tile stands in its list: a thread's rows beside each other.
 __device__ __forceinline__ int place_of(int r) { return (r & 15) * LIST + (r >> 4); }
 
-// Rows of a step, from a thread's list; those past the tile repeat its first row, and nobody keeps their sums. Everything
-// waits for this: each copy is one multiplication and the copy, four beside each other.
 struct Batch {
     u32 row[4];
     __device__ __forceinline__ void read(u32 list) { lds128(list, row[0], row[1], row[2], row[3]); }
 };
+// Rows of a step, from a thread's list; those past the tile repeat its first row, and nobody keeps their sums. Everything
+// waits for this: each copy is one multiplication and the copy, four beside each other.
 __device__ __forceinline__ void load_rows(const Params& p, Batch first_rows, u32 list, u32 to, int thread, u32 at_byte) {
     u32 row_bytes = p.C * SIZE, chunk = thread & 7, first = thread >> 3;
     at_byte += chunk * 16;
