@@ -32,17 +32,18 @@ def grpo(
     """
     run = read_config(GrpoConfig, config, overrides or ())
     # Imported after the configuration was found good: an error in it should not wait for torch.
-    from octavo.cli.processes import leave_group
+    from octavo.cli.processes import leave
     from octavo.train.grpo import grpo as train
 
     console = Console(stderr=as_json_output)
     # trackio and reward functions may print to stdout, which is for the JSON alone.
     with redirect_stdout(sys.stderr) if as_json_output else nullcontext():
         result = train(run, console, dry_run=dry_run)
-    leave_group()
     if result.main_process:
         console.print(farewell(result, dry_run=dry_run), highlight=False, soft_wrap=True)
         if as_json_output:
             print(json.dumps(as_json(result)))
-    if result.signal is not None:
-        raise typer.Exit(128 + result.signal)
+    code = 0 if result.signal is None else 128 + result.signal
+    leave(code)
+    if code:
+        raise typer.Exit(code)

@@ -1,11 +1,21 @@
 """The end of a command that torchrun or accelerate started several times."""
 
+import atexit
+import os
+import sys
+
 import torch
 
 
-def leave_group() -> None:
-    """Leave the processes that trained together, if there are any: threads of the group's own would still run when
-    Python ends, and may end it by a signal after all is done and written.
+def leave(code: int) -> None:
+    """End this process with the exit ``code``, if it is one of several that trained together.
+
+    Threads of the group's own still run when Python takes itself apart, and may end it by a signal after all is done
+    and written, before the group is destroyed and after. So what is registered for the end of Python runs, and what
+    was printed is written, and nothing after that.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
