@@ -1,4 +1,4 @@
-"""The FP8 linear product, and the operators' contracts with torch.library."""
+"""The FP8 linear product, and what PyTorch asks of custom operators."""
 
 import pytest
 import torch

@@ -52,9 +52,14 @@ class Mode:
         return (40, 232) if self.scale == SLAB or self.tokens > 128 else (56, 224)
 
     @property
+    def tokens_left(self) -> bool:
+        """Whether tokens are the rows of a multiplication; see `product.cu`."""
+        return self.scale == SLAB and not self.flip
+
+    @property
     def consumers(self) -> int:
         """Warpgroups that multiply; see `product.cu`."""
-        return 3 if self.columns != self.tokens == 192 else 2
+        return 3 if self.tokens_left and self.tokens == 192 else 2
 
     @property
     def threads(self) -> int:
@@ -64,7 +69,7 @@ class Mode:
     @property
     def columns(self) -> int:
         """Of a multiplication; see `product.cu`."""
-        return 128 if self.scale == SLAB and not self.flip else self.tokens
+        return 128 if self.tokens_left else self.tokens
 
 
 def missing() -> str | None:

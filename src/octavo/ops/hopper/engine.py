@@ -224,11 +224,10 @@ class HopperEngine(KernelEngine):
             lora_A = outer(x_TH, yb_MR, offsets_E, rank_first=True, dtype=dtype, token_M=routing.token_M)
         if wants.x:
             shape = (routing.num_rows, weight.in_features)
+            size = math.prod(shape)
             # once dz is rounded nobody reads it, and it is the largest thing of a layer
-            free = (
-                wants.spend and rows.scales is not None and dz_MG.is_contiguous() and dz_MG.numel() >= math.prod(shape)
-            )
-            dx_MH = dz_MG.view(-1)[: math.prod(shape)].view(shape) if free else x_TH.new_empty(shape)
+            free = wants.spend and rows.scales is not None and dz_MG.is_contiguous() and dz_MG.numel() >= size
+            dx_MH = dz_MG.view(-1)[:size].view(shape) if free else x_TH.new_empty(shape)
             lora = None if up.lora is None else _step(yb_MR, up.lora.A_ERK.transpose(1, 2))
             self._grouped("up_grad", rows, weight, routing, dx_MH, lora)
             dx_TH = combine(dx_MH, routing.row_TK, offsets_E, None)
